@@ -1,0 +1,89 @@
+"""Raw IDX files, the format of MNIST, as arrays: `train_x, train_y, test_x, test_y = load("mnist")`.
+
+A file is a magic number (0, 0, type, number of dimensions), the dimensions as big-endian uint32, and
+the values, gzipped or not: http://yann.lecun.com/exdb/mnist/ (archived). Every defect of a file is a
+ValueError that names the file, what was expected and what was found; nothing is ever downloaded.
+"""
+
+import gzip
+import math
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+
+MNIST = pathlib.Path(__file__).resolve().parent / "mnist"
+CLASSES = 10
+_TYPES = {0x08: np.dtype(">u1"), 0x0D: np.dtype(">f4")}
+
+
+def load(folder=MNIST):
+    """The four files of a data set in MNIST's format (Fashion-MNIST, KMNIST, your own).
+
+    Parameters
+    ----------
+    folder : holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
+        t10k-labels-idx1-ubyte; each also as `train-images.idx3-ubyte`, and with or without `.gz`.
+
+    Returns
+    -------
+    train_x, train_y, test_x, test_y : images [n, rows * columns], uint8 0..255 or float32 in [0, 1] as
+        they are stored (see `pixels`); labels [n] uint8 in [0, 10).
+
+    Raises
+    ------
+    FileNotFoundError : no such folder, or a file is missing. ValueError : a file is damaged, is not
+    what its name says, or does not fit the others.
+    """
+    train, test = ([_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1")] for part in ("train", "t10k"))
+    sets = []
+    for images, labels in (train, test):
+        x, y = read_idx(images, 3), read_idx(labels, 1)
+        if len(x) == 0 or x[0].size == 0:
+            raise ValueError(f"{images}: expected images, found shape {x.shape}")
+        if len(x) != len(y):
+            raise ValueError(f"{labels}: expected {len(x)} labels, one for each image of {images.name}, found {len(y)}")
+        if y.dtype != np.uint8 or y.max() >= CLASSES:
+            raise ValueError(f"{labels}: expected labels 0 to {CLASSES - 1} (unsigned bytes), found {y.max()} ({y.dtype})")
+        if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # NaN fails both
+            raise ValueError(f"{images}: expected float pixels in [0, 1], found {x.min()} to {x.max()}")
+        if sets and x.shape[1:] != sets[0].shape[1:]:
+            raise ValueError(f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}")
+        sets += [x, y]
+    return tuple(a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
+
+
+def read_idx(path, ndim):
+    """One IDX file, gzipped or plain, of unsigned bytes or float32, with `ndim` dimensions."""
+    content = pathlib.Path(path).read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a gzip file, found a damaged one ({error}): copy it again") from error
+    start = 4 + 4 * ndim
+    if len(content) < start or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] != ndim:
+        types = " or ".join(f"0000{code:02x}{ndim:02x}" for code in _TYPES)
+        raise ValueError(f"{path}: expected an IDX file that starts with {types} (hex), found {content[:4].hex() or 'nothing'}")
+    shape, dtype = struct.unpack_from(f">{ndim}I", content, 4), _TYPES[content[2]]
+    expected, found = math.prod(shape) * dtype.itemsize, len(content) - start
+    if expected != found:
+        raise ValueError(f"{path}: expected {expected} bytes for shape {shape}, found {found}: copy it again")
+    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def pixels(x):
+    """Images as the network takes them: float32 in [0, 1]."""
+    return x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
+
+
+def _find(folder, name):
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder with the four files of MNIST, found none")
+    spellings = [f"{stem}-ubyte{end}" for stem in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+    for spelling in spellings:
+        if (folder / spelling).is_file():
+            return folder / spelling
+    raise FileNotFoundError(f"{folder}: expected one of {', '.join(spellings)}, found none")

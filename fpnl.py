@@ -1,0 +1,527 @@
+"""Nonlinear computation in deep linear networks: float32 underflow as the only nonlinearity.
+
+A network of matrix products and additions is linear in the real numbers. In float32 it is not:
+with subnormals flushed to zero, every result below TINY = 2^-126 in magnitude becomes 0. Scale the
+activations down to that threshold and each unit has a dead zone, t(z) = z where |z| >= 1/2, else 0,
+in units of 1/S = 2^-125. Automatic differentiation takes the network for linear and cannot see it.
+Evolution strategies (ES), which only compare the losses of mutated networks, can, and train it.
+
+    h1 = (x @ W1 + b1) / S                    x: pixels in [0, 1],  S = 2^125
+    h2 = h1 @ W2 + b2 / S
+    o  = (h2 @ W3 + b3 / S) * S               o: logits
+
+Products keep subnormals; every other operation flushes its operands and its result, as on the
+hardware of the post. `add ... divide` reproduce that bit for bit on any CPU.
+
+    params = init(rng)                                   # [(W1, b1), (W2, b2), (W3, b3)]
+    grads = es_gradient(params, x, labels, rng)          # [(dW1, db1), ...], from losses alone
+    adamw(W1, dW1, m, v, step=1, lr=1e-3)                # in place, for each array
+    accuracy(forward(params, x), labels)
+
+Shapes: x [batch, 784] float32, labels [batch] integers, W [fan_in, width], b [width].
+
+Left out: data, schedules, processes and files (train.py), and every derivative.
+
+References
+----------
+J. Foerster, *Nonlinear computation in deep linear networks*, OpenAI, 2017 ("the post"),
+https://openai.com/index/nonlinear-computation-in-deep-linear-networks/
+T. Salimans et al., *Evolution Strategies as a Scalable Alternative to Reinforcement Learning*,
+arXiv 1703.03864. IEEE Std 754-2019, 7.5 (underflow). Intel SDM vol. 1, 10.2.3.3 and 10.2.3.4.
+I. Loshchilov, F. Hutter, *Decoupled Weight Decay Regularization*, arXiv 1711.05101.
+"""
+
+import contextlib
+import ctypes
+import functools
+import platform
+
+import numpy as np
+
+float32 = np.float32
+TINY = float32(2.0**-126)  # smallest normal float32
+SCALE = float32(2.0**125)  # S: a unit lives at |z| / S >= TINY, that is |z| >= 1/2
+SIZES = (784, 512, 512, 10)
+
+# --- Flush-to-zero arithmetic -------------------------------------------------------------------
+
+_MAGNITUDE, _TINY_BITS = np.int32(0x7FFFFFFF), np.int32(0x00800000)
+# A result is tiny, and flushed, below this magnitude. x86 decides after rounding to 24 bits as if
+# the exponent were unbounded: from TINY - 2^-151 upwards that rounds to TINY. AArch64 decides before.
+_TINY_BELOW = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
+
+
+def flush(x):
+    """Replace every subnormal by the zero of its sign (what DAZ does to an operand).
+
+    Parameters
+    ----------
+    x : float32 array or scalar, any shape.
+
+    Returns
+    -------
+    float32, the same shape. +-0, normal numbers from +-TINY on, inf and NaN pass unchanged, bit for
+    bit; magnitudes from 2^-149 to TINY - 2^-149 become +0 or -0. Integer operations only, so the
+    result does not depend on the mode that the CPU is in.
+
+    Raises
+    ------
+    TypeError : x is not float32.
+    """
+    bits = _float32(x).view(np.int32)
+    keep = np.where((bits & _MAGNITUDE) < _TINY_BITS, ~_MAGNITUDE, np.int32(-1))
+    return (bits & keep).view(float32)[()]
+
+
+def add(a, b, daz=True, tininess="after", out=None):
+    """a + b as a CPU with flush-to-zero (FTZ) computes it, bit for bit.
+
+    `subtract`, `multiply` and `divide` have the same signature and contract.
+
+    Parameters
+    ----------
+    a, b : float32 arrays or scalars, broadcast as NumPy does.
+    daz : also read subnormal operands as the zero of their sign ("denormals are zero").
+    tininess : "after" rounding (x86: an exact result x is flushed iff |x| < TINY - 2^-151) or
+        "before" (AArch64: iff |x| < TINY). They differ on products alone.
+    out : float32 array to write to; may be `a` or `b`.
+
+    Returns
+    -------
+    float32: IEEE 754 rounding to nearest even, except that a tiny result is the zero of the exact
+    result's sign. +-0, inf and NaN follow IEEE 754 (the payload of a NaN is not specified), after
+    DAZ on the operands: then 0/subnormal and subnormal/subnormal are NaN, 1/subnormal is inf.
+
+    Raises
+    ------
+    TypeError : an operand or `out` is not float32. ValueError : an unknown `tininess`, or shapes
+    that do not broadcast.
+    """
+    return _flushed(np.add, a, b, daz, tininess, out)
+
+
+def subtract(a, b, daz=True, tininess="after", out=None):
+    """a - b under flush-to-zero: see `add`."""
+    return _flushed(np.subtract, a, b, daz, tininess, out)
+
+
+def multiply(a, b, daz=True, tininess="after", out=None):
+    """a * b under flush-to-zero: see `add`."""
+    return _flushed(np.multiply, a, b, daz, tininess, out)
+
+
+def divide(a, b, daz=True, tininess="after", out=None):
+    """a / b under flush-to-zero: see `add`."""
+    return _flushed(np.divide, a, b, daz, tininess, out)
+
+
+def _flushed(op, a, b, daz, tininess, out):
+    """Chunks that fit the cache; the exact rule where a result may be tiny, the plain op elsewhere."""
+    if tininess not in _TINY_BELOW:
+        raise ValueError(f'tininess: expected "after" or "before", found {tininess!r}')
+    operands = [_float32(a), _float32(b), None if out is None else _float32(out)]
+    chunks = np.nditer(
+        operands,
+        flags=["external_loop", "buffered", "zerosize_ok", "copy_if_overlap"],
+        op_flags=[["readonly"], ["readonly"], ["writeonly", "allocate", "no_broadcast"]],
+        buffersize=1 << 14,
+    )
+    with chunks, np.errstate(all="ignore"):
+        for x, y, z in chunks:
+            mx, my = x.view(np.int32) & _MAGNITUDE, y.view(np.int32) & _MAGNITUDE
+            subnormal = min(mx.min(), my.min()) < _TINY_BITS  # or zero: then `flush` is harmless
+            if subnormal and daz:
+                x, y = flush(x), flush(y)
+                mx, my = x.view(np.int32) & _MAGNITUDE, y.view(np.int32) & _MAGNITUDE
+            r = op(x, y)
+            exact = (r.view(np.int32) & _MAGNITUDE) <= _TINY_BITS
+            if exact.any():  # a zero that comes from a zero is a plain zero
+                exact &= (mx != 0) & (my != 0)
+            if subnormal and not daz:  # the CPU itself may be in DAZ mode
+                exact |= (mx < _TINY_BITS) | (my < _TINY_BITS)
+            if exact.any():
+                r[exact] = _exactly(op, x[exact], y[exact], _TINY_BELOW[tininess])
+            z[...] = r
+        return chunks.operands[2][()]
+
+
+def _exactly(op, x, y, tiny_below):
+    """op in float64, where it is exact as far as tininess goes, flushed, rounded once to float32.
+
+    A float64 product of float32 is exact, so is a sum below TINY; a quotient is at least 2^-50
+    (relative) away from the threshold or on it; 53 >= 2 * 24 + 2 bits make the second rounding harmless.
+    """
+    r = op(_widen(x), _widen(y))
+    return np.where(np.abs(r) < tiny_below, np.copysign(0.0, r), r).astype(float32)
+
+
+def _widen(x):
+    """float32 -> float64 by way of the bits: a CPU in DAZ mode converts a subnormal to 0."""
+    magnitude = x.view(np.int32) & _MAGNITUDE
+    return np.where(magnitude < _TINY_BITS, np.copysign(magnitude * 2.0**-149, x), x)
+
+
+def _float32(x):
+    if getattr(x, "dtype", None) != float32:
+        raise TypeError(f"expected float32, found {getattr(x, 'dtype', type(x).__name__)}")
+    return np.asarray(x)
+
+
+# Where the C library keeps the control register of the floating-point unit in its fenv_t:
+# library, bytes of fenv_t, offset of the register, its FTZ bit, its DAZ bit.
+_FENV = {
+    ("Linux", "x86_64"): ("libm.so.6", 32, 28, 0x8000, 0x0040),  # glibc, MXCSR
+    ("Linux", "aarch64"): ("libm.so.6", 8, 0, 1 << 24, 1 << 24),  # glibc, FPCR.FZ: both at once
+    ("Darwin", "x86_64"): (None, 16, 4, 0x8000, 0x0040),
+    ("Darwin", "arm64"): (None, 16, 8, 1 << 24, 1 << 24),
+}
+
+
+@contextlib.contextmanager
+def hardware_ftz(daz=True):
+    """Put the CPU itself in flush-to-zero mode, for the calling thread, as long as the context lasts.
+
+    Flushes results (FTZ) and, with `daz`, operands. On leaving, also by an exception, the
+    floating-point environment is exactly what it was; contexts nest. Keep matrix products outside:
+    the threads of a BLAS keep their own mode, and an FMA flushes its accumulator. Make the inputs
+    and look at the results outside too: inside, comparisons and `min` read subnormals as zeros.
+
+    Verified on Linux x86-64; Linux AArch64, macOS and Windows are written from their documentation
+    and unverified.
+
+    Raises
+    ------
+    RuntimeError : the platform is not known, or cannot flush results without flushing operands.
+    """
+    with _fpu_mode(True, daz):
+        yield
+
+
+@contextlib.contextmanager
+def _fpu_mode(ftz, daz):
+    swap, ftz_bit, daz_bit = _fpu_control()
+    if ftz != daz and ftz_bit == daz_bit:
+        raise RuntimeError("hardware_ftz: this CPU or system switches FTZ and DAZ only together (daz=True)")
+    restore = swap(ftz_bit | daz_bit, ftz * ftz_bit | daz * daz_bit)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@functools.cache
+def _fpu_control():
+    """(swap, FTZ bit, DAZ bit); swap(mask, bits) sets the masked bits and returns what undoes that."""
+    system, machine = platform.system(), platform.machine()
+    if system == "Windows":
+        control = ctypes.CDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
+
+        def swap_windows(_, bits):
+            saved = control(0, 0)
+            control(bits, 0x03000000)  # _MCW_DN
+            return lambda: control(saved, 0x03000000)
+
+        return swap_windows, 0x01000000, 0x01000000  # _DN_FLUSH: both at once
+    if (system, machine) not in _FENV or ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation (ftz=True)")
+    library, size, offset, ftz_bit, daz_bit = _FENV[system, machine]
+    libm = ctypes.CDLL(library)
+
+    def swap(mask, bits):
+        saved = (ctypes.c_ubyte * size)()
+        libm.fegetenv(saved)
+        changed = (ctypes.c_ubyte * size).from_buffer_copy(saved)
+        register = ctypes.c_uint32.from_buffer(changed, offset)
+        register.value = register.value & ~mask | bits
+        libm.fesetenv(changed)
+        return lambda: libm.fesetenv(saved)
+
+    return swap, ftz_bit, daz_bit
+
+
+# --- The network ----------------------------------------------------------------------------------
+
+
+def init(rng, sizes=SIZES):
+    """He initialisation: W ~ N(0, sqrt(2 / fan_in)), b = 0.
+
+    Parameters
+    ----------
+    rng : np.random.Generator.
+    sizes : widths from input to output, at least two; len(sizes) - 1 layers.
+
+    Returns
+    -------
+    list of (W [fan_in, width], b [width]), float32, one pair a layer.
+    """
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"sizes: expected at least two positive widths, found {tuple(sizes)}")
+    return [
+        (rng.standard_normal((i, o), dtype=float32) * float32(np.sqrt(2 / i)), np.zeros(o, float32))
+        for i, o in zip(sizes[:-1], sizes[1:])
+    ]
+
+
+def forward(params, x, ftz=True):
+    """The network, operation by operation: [batch, inputs] -> logits [batch, classes], float32.
+
+    `ftz`: True, every operation but the product flushes its operands and its result; "hardware",
+    the CPU's own flags do that, with the same bits; False, the same code in IEEE arithmetic with
+    gradual underflow, where the network is linear up to rounding. Raises TypeError for anything but
+    float32, ValueError for shapes that do not fit.
+    """
+    return _arithmetic(ftz)[1](activations(params, x, ftz)[-1], SCALE)
+
+
+def activations(params, x, ftz=True):
+    """h1, h2, ... of every layer, [batch, width] each, at their true size around 2^-126."""
+    _check(params, x)
+    plus, _, over = _arithmetic(ftz)
+    (W, b), *later = params
+    hs = [over(plus(x @ W, b), SCALE)]
+    for W, b in later:  # b / S underflows until |b| >= 1/2: as in the post, these biases are inert
+        hs.append(plus(product(hs[-1], W), over(b, SCALE)))
+    return hs
+
+
+def _arithmetic(ftz):
+    """add, multiply, divide for a value of `ftz`."""
+    if ftz == "hardware":
+        return tuple(hardware_ftz()(op.__call__) for op in (np.add, np.multiply, np.divide))
+    if ftz not in (True, False):
+        raise ValueError(f'ftz: expected True, False or "hardware", found {ftz!r}')
+    return (add, multiply, divide) if ftz else (np.add, np.multiply, np.divide)
+
+
+def product(h, W):
+    """h @ W for h around 2^-126, keeping subnormals: [batch, fan_in] -> [batch, width].
+
+    Written as (h S) @ W / S, divided in IEEE arithmetic: S is a power of two, so only the rounding
+    of subnormal partial sums (to multiples of 2^-149) is spared, and with it a factor of 200 in time.
+    """
+    return (h * SCALE) @ W / SCALE
+
+
+def loss(logits, labels):
+    """Mean cross-entropy in nats of [batch, classes] logits against [batch] labels; to be minimised."""
+    z = logits - logits.max(axis=1, keepdims=True)
+    return np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels])
+
+
+def accuracy(logits, labels):
+    """Share of [batch] labels that the largest of the [batch, classes] logits names."""
+    return float(np.mean(logits.argmax(axis=1) == labels))
+
+
+def _check(params, x):
+    """float32 everywhere (one stray float64 changes the physics) and shapes that fit."""
+    width = _float32(x).shape[-1] if np.ndim(x) == 2 else f"shape {np.shape(x)}"
+    for i, (W, b) in enumerate(params, 1):
+        if _float32(W).ndim != 2 or len(W) != width or _float32(b).shape != W.shape[1:]:
+            raise ValueError(f"layer {i}: W {W.shape}, b {b.shape} do not fit an input of {width}")
+        width = W.shape[1]
+
+
+# --- The ES gradient ------------------------------------------------------------------------------
+#
+# ES estimates a gradient from the losses of mutated networks: g = E[(L(w + sigma e) - L(w - sigma e)) e]
+# / (2 sigma). Drawing one e for all 669,706 weights and a whole batch buries the signal in noise.
+# Three exact steps make the same estimate cheap:
+#   1. The expectation is linear: every example has mutations of its own.
+#   2. An example sees the weights of unit j only through z_j = a . W[:, j], a being the layer's input.
+#      Mutations across a change nothing, so mutate along it: W[:, j] +- sigma a/|a|, z_j +- sigma |a|.
+#   3. A member mutates a block of k units of one layer, signs e at random, against its mirror image -e.
+
+
+def mutation_signs(rng, width, n):
+    """A random sign for every unit and example: [width, n] of -1 or +1, float32."""
+    return (2 * rng.integers(0, 2, (width, n), dtype=np.int8) - 1).astype(float32)
+
+
+def block_sizes(params, block):
+    """Units mutated together in each layer. The members of the last two layers cost only the logits,
+    so there every unit has its own."""
+    return [min(block, len(b)) for _, b in params[:-2]] + [1] * len(params[-2:])
+
+
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
+    """`es_gradient` as stated above: each member is a network with literally mutated weights."""
+    n, grads = len(x), []
+    inputs = [x] + [h * SCALE for h in activations(params, x, ftz)]
+    for l, k in enumerate(block_sizes(params, block)):
+        W, b = params[l]
+        signs = mutation_signs(rng, len(b), n)
+        dW, db = np.zeros_like(W), np.zeros_like(b)
+        for i, J in [(i, slice(j, j + k)) for i in range(n) for j in range(0, len(b), k)]:
+            a = np.append(inputs[l][i], float32(_bias_acts(l, ftz)))
+            size = np.maximum(np.linalg.norm(a), float32(0.5))
+            e = signs[J, i]
+            step = np.outer(a / size, float32(sigma) * e)
+
+            def mutant_loss(sign):
+                mutant = W.copy(), b.copy()
+                mutant[0][:, J] += sign * step[:-1]
+                mutant[1][J] += sign * step[-1]
+                logits = forward(params[:l] + [mutant] + params[l + 1 :], x[i : i + 1], ftz)
+                return loss(logits, labels[i : i + 1])
+
+            delta = (mutant_loss(+1) - mutant_loss(-1)) * e / float32(2 * sigma * size * n)
+            dW[:, J] += np.outer(a[:-1], delta)
+            db[J] += a[-1] * delta
+        grads.append((dW, db))
+    return grads
+
+
+def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
+    """Evolution-strategies estimate of the gradient of the loss, ready for descent.
+
+    The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
+    upstream of a mutation is not recomputed, and downstream only the change is multiplied.
+
+    Parameters
+    ----------
+    params : list of (W [fan_in, width], b [width]), float32; any depth.
+    x : [batch, inputs] float32. labels : [batch] integers in [0, classes).
+    rng : np.random.Generator, for the signs of the mutations.
+    sigma : size of a mutation of a unit's weights (Euclidean norm), > 0.
+    block : units mutated together, >= 1; the variance of the estimate grows and its cost falls with it.
+    ftz : as in `forward`; "hardware" gives the same bits as True, faster.
+
+    Returns
+    -------
+    list of (dW, db), float32, shaped like params. With ftz, db is 0 after the first layer: those
+    biases flush before they are added, and one of 1/2 or more, which training never makes, is left alone.
+
+    Raises
+    ------
+    TypeError : not float32. ValueError : shapes that do not fit; sigma, block or labels out of range.
+    """
+    _check(params, x)
+    n, classes = len(x), len(params[-1][1])
+    if not 0 < sigma < np.inf or block < 1:
+        raise ValueError(f"expected a finite sigma > 0 and block >= 1, found {sigma} and {block}")
+    if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
+        raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")
+    layers, inputs, sums, outputs = _forward_columns(params, x, ftz)
+    grads = []
+    for l, k in enumerate(block_sizes(params, block)):
+        # |a|; without its bias a layer's input is 0, where no mutation has an effect, or at least 1/2.
+        bias = float32(_bias_acts(l, ftz))
+        size = np.sqrt(np.square(inputs[l]).sum(axis=0) + bias)
+        step = mutation_signs(rng, len(sums[l]), n)
+        step *= float32(sigma) * np.maximum(size, float32(0.5))
+        difference = _loss_differences(layers, sums, outputs, l, k, step, labels, ftz)
+        delta = np.repeat(difference, k, axis=0)[: len(step)] / (float32(2 * n) * step)
+        grads.append((inputs[l] @ delta.T, bias * delta.sum(axis=1)))
+    return grads
+
+
+def _bias_acts(l, ftz):
+    """Only the first layer's bias is added at full size; the later ones are flushed before."""
+    return l == 0 or not ftz
+
+
+def _forward_columns(params, x, ftz):
+    """Layers as (W, b, flushed b), then the inputs, sums (before the flush) and outputs of each, in
+    units of 1/S and an example a column: the layout in which BLAS is fastest on narrow products."""
+    layers, inputs, sums, outputs = [], [], [], []
+    a = x.T
+    for l, (W, b) in enumerate(params):
+        acts = _bias_acts(l, ftz)
+        flushed = None if acts else _dead_zone(b.copy(), ftz)  # 0 until |b| >= 1/2
+        layers.append((W, b if acts else None, flushed if np.any(flushed) else None))
+        inputs.append(a)
+        sums.append(_sums(layers[l], a))
+        outputs.append(a := _activate(layers[l], sums[l].copy(), ftz))
+    return layers, inputs, sums, outputs
+
+
+def _sums(layer, a):
+    """[..., fan_in, n] -> [..., width, n]"""
+    W, b, _ = layer
+    z = W.T @ a
+    if b is not None:
+        z += b[:, None]
+    return z
+
+
+def _activate(layer, z, ftz):
+    """Output of a layer, [..., width, n], from its sums z, in place."""
+    flushed_bias = layer[2]
+    z = _dead_zone(z, ftz)
+    if flushed_bias is not None:
+        z += flushed_bias[:, None]
+        z = _dead_zone(z, ftz)
+    return z
+
+
+def _dead_zone(z, ftz):
+    """A flush in units of 1/S, in place: z where |z| >= 1/2, else 0. float32, any shape."""
+    if ftz == "hardware":
+        with hardware_ftz():
+            z *= 1 / SCALE
+        z *= SCALE
+        return z
+    return np.multiply(z, np.abs(z) >= float32(0.5), out=z) if ftz else z
+
+
+_TILE = 1 << 16  # floats in a buffer of mutated activations: 256 KB, so that several fit the L2 cache
+
+
+def _loss_differences(layers, sums, outputs, l, k, step, labels, ftz):
+    """L(+e) - L(-e) of every block of k units in layer l and every example: [blocks, n]."""
+    n, depth, classes = len(labels), len(layers), len(outputs[-1])
+    # A block's change enters the next layer's sums through k rows of the next W, as [blocks, width, k];
+    # a change of the logits enters the logits.
+    W, sums_next = (layers[l + 1][0], sums[l + 1]) if l + 1 < depth else (np.eye(classes, dtype=float32), outputs[l])
+    W = _in_blocks(W, k).swapaxes(1, 2)
+    times = np.matmul if k > 1 else np.multiply  # one row: the same, and faster
+    result = np.empty((len(W), n), float32)
+    columns = max(1, _TILE // (2 * len(sums_next)))
+    for i in range(0, n, columns):
+        tile = slice(i, i + columns)
+        z, h, s, y = sums[l][:, tile], outputs[l][:, tile], step[:, tile], np.tile(labels[tile], 2)
+        change = [_activate(layers[l], z + s, ftz) - h, _activate(layers[l], z - s, ftz) - h]
+        change = _in_blocks(np.concatenate(change, axis=1), k)  # [blocks, k, 2m]
+        base = np.tile(sums_next[:, tile], 2)
+        few = max(1, _TILE // base.size)  # blocks whose next layer fits a buffer
+        many = few * max(1, _TILE // (few * classes * len(y)))  # blocks whose logits do
+        buffer, logits = (np.empty((c, w, len(y)), float32) for c, w in ((few, len(base)), (many, classes)))
+        for start in range(0, len(W), many):
+            stop = min(start + many, len(W))
+            for j in range(start, stop, few):
+                J = slice(j, min(j + few, stop))
+                z = times(W[J], change[J], out=buffer[: J.stop - j])
+                z += base
+                for d in range(l + 1, depth):
+                    z = _activate(layers[d], z if d == l + 1 else _sums(layers[d], z), ftz)
+                logits[j - start : J.stop - start] = z
+            losses = _losses(logits[: stop - start], y)
+            result[start:stop, tile] = losses[:, : len(y) // 2] - losses[:, len(y) // 2 :]
+    return result
+
+
+def _in_blocks(a, k):
+    """[width, m] -> [blocks, k, m], the last block filled up with zeros."""
+    missing = -len(a) % k
+    if missing:
+        a = np.concatenate([a, np.zeros((missing, a.shape[1]), float32)])
+    return a.reshape(-1, k, a.shape[1])
+
+
+def _losses(o, labels):
+    """Cross-entropy of every column of [blocks, classes, columns] logits, which it overwrites."""
+    o -= o.max(axis=1, keepdims=True)
+    right = o[:, labels, np.arange(len(labels))]
+    return np.log(np.exp(o, out=o).sum(axis=1)) - right
+
+
+def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8):
+    """One AdamW step, in place: p against gradient g, with moments m and v; float32, any one shape.
+
+    step counts from 1. The decay is decoupled: p -= lr * weight_decay * p.
+    """
+    m += float32(1 - beta1) * (g - m)
+    v += float32(1 - beta2) * (g * g - v)
+    denominator = np.sqrt(v / float32(1 - beta2**step)) + float32(eps)
+    p -= float32(lr) * (m / float32(1 - beta1**step) / denominator + float32(weight_decay) * p)
