@@ -36,7 +36,9 @@ def load(folder=MNIST):
     FileNotFoundError : no such folder, or a file is missing. ValueError : a file is damaged, is not
     what its name says, or does not fit the others.
     """
-    train, test = ([_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1")] for part in ("train", "t10k"))
+    train, test = (
+        [_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1")] for part in ("train", "t10k")
+    )
     sets = []
     for images, labels in (train, test):
         x, y = read_idx(images, 3), read_idx(labels, 1)
@@ -45,11 +47,15 @@ def load(folder=MNIST):
         if len(x) != len(y):
             raise ValueError(f"{labels}: expected {len(x)} labels, one for each image of {images.name}, found {len(y)}")
         if y.dtype != np.uint8 or y.max() >= CLASSES:
-            raise ValueError(f"{labels}: expected labels 0 to {CLASSES - 1} (unsigned bytes), found {y.max()} ({y.dtype})")
+            raise ValueError(
+                f"{labels}: expected labels 0 to {CLASSES - 1} (unsigned bytes), found {y.max()} ({y.dtype})"
+            )
         if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # NaN fails both
             raise ValueError(f"{images}: expected float pixels in [0, 1], found {x.min()} to {x.max()}")
         if sets and x.shape[1:] != sets[0].shape[1:]:
-            raise ValueError(f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}")
+            raise ValueError(
+                f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}"
+            )
         sets += [x, y]
     return tuple(a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
 
@@ -65,7 +71,9 @@ def read_idx(path, ndim):
     start = 4 + 4 * ndim
     if len(content) < start or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] != ndim:
         types = " or ".join(f"0000{code:02x}{ndim:02x}" for code in _TYPES)
-        raise ValueError(f"{path}: expected an IDX file that starts with {types} (hex), found {content[:4].hex() or 'nothing'}")
+        raise ValueError(
+            f"{path}: expected an IDX file that starts with {types} (hex), found {content[:4].hex() or 'nothing'}"
+        )
     shape, dtype = struct.unpack_from(f">{ndim}I", content, 4), _TYPES[content[2]]
     expected, found = math.prod(shape) * dtype.itemsize, len(content) - start
     if expected != found:

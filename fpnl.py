@@ -34,6 +34,7 @@ I. Loshchilov, F. Hutter, *Decoupled Weight Decay Regularization*, arXiv 1711.05
 import contextlib
 import ctypes
 import functools
+import itertools
 import platform
 
 import numpy as np
@@ -258,7 +259,7 @@ def init(rng, sizes=SIZES):
         raise ValueError(f"sizes: expected at least two positive widths, found {tuple(sizes)}")
     return [
         (rng.standard_normal((i, o), dtype=float32) * float32(np.sqrt(2 / i)), np.zeros(o, float32))
-        for i, o in zip(sizes[:-1], sizes[1:])
+        for i, o in itertools.pairwise(sizes)
     ]
 
 
@@ -344,6 +345,14 @@ def block_sizes(params, block):
     return [min(block, len(b)) for _, b in params[:-2]] + [1] * len(params[-2:])
 
 
+def mutated(params, l, J, step):
+    """A copy of params with step [fan_in + 1, k] added to the units J of layer l, its last row to b."""
+    W, b = (a.copy() for a in params[l])
+    W[:, J] += step[:-1]
+    b[J] += step[-1]
+    return [*params[:l], (W, b), *params[l + 1 :]]
+
+
 def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
     """`es_gradient` as stated above: each member is a network with literally mutated weights."""
     n, grads = len(x), []
@@ -357,15 +366,9 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
             size = np.maximum(np.linalg.norm(a), float32(0.5))
             e = signs[J, i]
             step = np.outer(a / size, float32(sigma) * e)
-
-            def mutant_loss(sign):
-                mutant = W.copy(), b.copy()
-                mutant[0][:, J] += sign * step[:-1]
-                mutant[1][J] += sign * step[-1]
-                logits = forward(params[:l] + [mutant] + params[l + 1 :], x[i : i + 1], ftz)
-                return loss(logits, labels[i : i + 1])
-
-            delta = (mutant_loss(+1) - mutant_loss(-1)) * e / float32(2 * sigma * size * n)
+            mutants = (mutated(params, l, J, s) for s in (step, -step))
+            L = [loss(forward(mutant, x[i : i + 1], ftz), labels[i : i + 1]) for mutant in mutants]
+            delta = (L[0] - L[1]) * e / float32(2 * sigma * size * n)
             dW[:, J] += np.outer(a[:-1], delta)
             db[J] += a[-1] * delta
         grads.append((dW, db))

@@ -135,12 +135,9 @@ def train(args):
                 seconds = time.perf_counter() - began
                 trained, held = measure(run, 0), measure(run, 2)
                 left = seconds * (steps - step) / step if step else math.nan
-                print(
-                    f"{step / steps_per_epoch:6.2f} {seconds:8.1f} {trained[0]:8.4f} {trained[1]:7.4f} {held[1]:10.4f}   "
-                    + " ".join(f"{share:.2f}" for share in trained[2:])
-                    + (f"{left:8.0f} s" if step else f"{'?':>10}"),
-                    flush=True,
-                )
+                row = f"{step / steps_per_epoch:6.2f} {seconds:8.1f} {trained[0]:8.4f} {trained[1]:7.4f} {held[1]:10.4f}  "
+                row += "".join(f" {share:.2f}" for share in trained[2:])
+                print(row + (f"{left:8.0f} s" if step else f"{'?':>10}"), flush=True)
                 if not math.isfinite(trained[0]):
                     raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
             if step == steps:
@@ -236,15 +233,31 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with four files in MNIST's format")
-    add("--validation", type=number(int, 0), default=0, metavar="N", help="hold the last N training images out; leaves the test set alone")
-    add("--epochs", type=number(float, 0), default=40, help="passes over the training images; fractions too, 0 evaluates")
+    add(
+        "--validation",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="hold the last N training images out; leaves the test set alone",
+    )
+    add(
+        "--epochs",
+        type=number(float, 0),
+        default=40,
+        help="passes over the training images; fractions too, 0 evaluates",
+    )
     add("--batch", type=number(int, 1), default=512, help="images a step")
     add("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
     add("--block", type=number(int, 1), default=8, help="units mutated together in the first layer")
     add("--lr", type=number(float, 0), default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
     add("--weight-decay", type=number(float, 0), default=1.0, help="AdamW's decoupled decay")
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
-    add("--flush", choices=("emulated", "hardware", "off"), default="emulated", help="who flushes to zero; off: nobody")
+    add(
+        "--flush",
+        choices=("emulated", "hardware", "off"),
+        default=fastest_flush(),
+        help="to zero: in NumPy or by the CPU, with the same bits; off: never",
+    )
     add("--workers", type=number(int, 1), default=cores(), help="processes; does not change the result")
     add("--reports", type=number(int, 1), default=20, help="rows of the table")
     add("--save", type=pathlib.Path, metavar="FILE.npz", help="write the weights here")
@@ -258,11 +271,19 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def fastest_flush():
+    try:
+        with fpnl.hardware_ftz():
+            return "hardware"
+    except RuntimeError:
+        return "emulated"
+
+
 def main():
     parser, args = parse_args()
     try:
         train(args)
-    except (ValueError, OSError, concurrent.futures.process.BrokenProcessPool) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(error)
 
 

@@ -1,0 +1,584 @@
+"""The tests: `python -m pytest`. Bits are compared as uint32, NaNs by class; no test asserts a time."""
+
+import functools
+import gzip
+import hashlib
+import itertools
+import pathlib
+import platform
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+import fpnl
+
+ROOT = pathlib.Path(__file__).resolve().parent
+RNG = np.random.default_rng
+
+
+def bits(x):
+    """float32 as uint32, with one value for all NaNs."""
+    x = np.asarray(x)
+    assert x.dtype == np.float32
+    return np.where(np.isnan(x), np.uint32(0x7FC00000), x.view(np.uint32))
+
+
+def assert_same_bits(found, expected):
+    np.testing.assert_array_equal(bits(found), bits(expected), strict=True)
+
+
+def assert_same_params(found, expected):
+    for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert_same_bits(a, b)
+
+
+def has_hardware():
+    try:
+        with fpnl.hardware_ftz():
+            return True
+    except RuntimeError:
+        return False
+
+
+# On Linux x86-64, where the switch is verified, its absence is a failure and not a skip.
+HARDWARE = has_hardware() or (platform.system(), platform.machine()) == ("Linux", "x86_64")
+needs_hardware = pytest.mark.skipif(not HARDWARE, reason="fpnl cannot switch this CPU to flush-to-zero")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    return data.load()
+
+
+@pytest.fixture(scope="session")
+def trained(mnist):
+    """Weights after 60 steps of ES on MNIST."""
+    params = fpnl.init(RNG(0))
+    moments = [[(np.zeros_like(a), np.zeros_like(a)) for a in layer] for layer in params]
+    for step in range(60):
+        rows = slice(step * 128, (step + 1) * 128)
+        grads = fpnl.es_gradient(params, data.pixels(mnist[0][rows]), mnist[1][rows], RNG(step))
+        for layer, g, state in zip(params, grads, moments):
+            for a, da, (m, v) in zip(layer, g, state):
+                fpnl.adamw(a, da, m, v, step + 1, lr=1e-3)
+    return params
+
+
+# --- The network ------------------------------------------------------------------------------------
+
+
+def example(sizes=(12, 10, 9, 5), n=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return fpnl.init(rng, sizes), rng.random((n, sizes[0]), dtype=np.float32), rng.integers(0, sizes[-1], n)
+
+
+@pytest.mark.parametrize("sizes", [(784, 512, 512, 10), (3, 2), (5, 4, 3), (4, 6, 5, 7, 2)])
+def test_init_is_he_normal_float32_with_zero_biases(sizes):
+    params = fpnl.init(np.random.default_rng(1), sizes)
+    assert [W.shape for W, b in params] == list(itertools.pairwise(sizes))
+    assert all(a.dtype == np.float32 for layer in params for a in layer)
+    assert all(b.shape == W.shape[1:] and not b.any() for W, b in params)
+    assert all(W.std() == pytest.approx(np.sqrt(2 / len(W)), rel=3 / np.sqrt(2 * W.size)) for W, b in params)
+    assert_same_params(params, fpnl.init(np.random.default_rng(1), sizes))
+
+
+def test_init_refuses_what_is_no_network():
+    for sizes in [(), (5,), (5, 0)]:
+        with pytest.raises(ValueError, match="at least two positive widths"):
+            fpnl.init(np.random.default_rng(0), sizes)
+
+
+@pytest.mark.parametrize("sizes", [(9, 4), (9, 8, 4), (9, 8, 7, 4), (9, 8, 7, 6, 4)])
+def test_forward_is_a_chain_of_dead_zones(sizes):
+    """Weights, inputs and biases in quarters: every sum is exact, so exact fractions are the reference."""
+    rng = np.random.default_rng(2)
+    params = [
+        (rng.integers(-3, 4, (i, o)) / np.float32(4), rng.integers(-4, 5, o) / np.float32(4))
+        for i, o in itertools.pairwise(sizes)
+    ]
+    params = [(W.astype(np.float32), b.astype(np.float32)) for W, b in params]
+    x = (rng.integers(0, 5, (20, sizes[0])) / 4).astype(np.float32)
+
+    def t(z):
+        return np.where(np.abs(z) >= 0.5, z, 0)  # float64: exact here
+
+    (W, b), *later = [(W.astype(np.float64), b.astype(np.float64)) for W, b in params]
+    h = t(x @ W + b)
+    for W, b in later:
+        h = t(t(h @ W) + t(b))
+    assert_same_bits(fpnl.forward(params, x) + np.float32(0), (h + 0.0).astype(np.float32))
+    assert (h == 0).any() and (h != 0).any()
+
+
+def test_forward_is_the_formula_of_the_post():
+    params, x, _ = example((784, 64, 32, 10), n=50)
+    (W1, b1), (W2, b2), (W3, b3) = params
+    S, add, div, mul = fpnl.SCALE, fpnl.add, fpnl.divide, fpnl.multiply
+    h1 = div(add(x @ W1, b1), S)
+    h2 = add((h1 * S) @ W2 / S, div(b2, S))
+    o = mul(add((h2 * S) @ W3 / S, div(b3, S)), S)
+    assert_same_bits(fpnl.forward(params, x), o)
+    for h in fpnl.activations(params, x):  # nothing is subnormal, and much is flushed
+        assert np.all((h == 0) | (np.abs(h) >= fpnl.TINY)) and 0.1 < np.mean(h == 0) < 0.9
+
+
+def test_forward_is_linear_without_the_flush_only():
+    """f(x) - f(0) doubles with x in the linear network; with the flush it does not, far from it."""
+    params, x, _ = example((30, 20, 20, 4), n=40)
+    for ftz, linear in ((False, True), (True, False), ("hardware", False)):
+        if ftz == "hardware" and not HARDWARE:
+            continue
+        f = functools.partial(fpnl.forward, params, ftz=ftz)
+        error = np.abs(f(2 * x) - 2 * f(x) + f(0 * x)).max()
+        assert (error < 1e-5) == linear, (ftz, error)
+
+
+@needs_hardware
+@pytest.mark.parametrize("seed", [0, 1])
+def test_forward_on_the_cpus_own_flags_has_the_same_bits(seed, mnist, trained):
+    """All 10,000 test images, initial and trained weights: the claim this project stands on."""
+    x = data.pixels(mnist[2])
+    for params in (fpnl.init(np.random.default_rng(seed)), trained):
+        assert_same_bits(fpnl.forward(params, x), fpnl.forward(params, x, ftz="hardware"))
+
+
+def test_product_is_the_literal_product_of_subnormals():
+    """Up to the rounding of every partial sum to a multiple of 2^-149, half of one each."""
+    params, x, _ = example((40, 30, 20), n=25)
+    h = fpnl.activations(params, x)[0]
+    W = params[1][0] / np.float32(8)  # sums around 2^-126, many of them subnormal
+    literal, rescaled = h @ W, fpnl.product(h, W)
+    subnormal = (np.abs(rescaled) < fpnl.TINY) & (rescaled != 0)
+    assert subnormal.sum() > 100
+    error = np.abs(literal.astype(np.float64) - rescaled.astype(np.float64))
+    assert np.all(error <= (len(W) + 1) * 2.0**-149)
+
+
+def test_later_biases_are_inert_below_a_half():
+    params, x, labels = example((20, 16, 12, 5), n=30)
+    rng = np.random.default_rng(3)
+    signs = [np.where(rng.random(len(b)) < 0.5, np.float32(-1), np.float32(1)) for _, b in params[1:]]
+    below = [params[0], *((W, s * np.float32(0.49999997)) for (W, _), s in zip(params[1:], signs))]
+    at = [params[0], *((W, s * np.float32(0.5)) for (W, _), s in zip(params[1:], signs))]
+    assert_same_bits(fpnl.forward(below, x) + np.float32(0), fpnl.forward(params, x) + np.float32(0))  # but for -0
+    assert not np.array_equal(fpnl.forward(at, x), fpnl.forward(params, x))
+    gradient = functools.partial(fpnl.es_gradient, x=x, labels=labels)
+    grads = gradient(below, rng=np.random.default_rng(4))
+    assert_same_params(grads, gradient(params, rng=np.random.default_rng(4)))  # ES sees no difference,
+    assert all(not db.any() for _, db in grads[1:]) and grads[0][1].all()  # and leaves them alone
+
+
+def test_float32_throughout():
+    params, x, labels = example()
+    for ftz in (True, False):
+        assert fpnl.forward(params, x, ftz).dtype == np.float32
+        assert {a.dtype for layer in fpnl.es_gradient(params, x, labels, RNG(0), ftz=ftz) for a in layer} == {
+            np.dtype("f4")
+        }
+    wide = [(W.astype(np.float64), b) for W, b in params]
+    for bad in ((wide, x), (params, x.astype(np.float64)), (params, x.tolist())):
+        with pytest.raises(TypeError, match="expected float32, found"):
+            fpnl.forward(*bad)
+        with pytest.raises(TypeError, match="expected float32, found"):
+            fpnl.es_gradient(*bad, labels, RNG(0))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    params, x, labels = example()
+    for bad in ((params, x[:, :-1]), (params, x[0]), (params[::-1], x), ([(W, b[:-1]) for W, b in params], x)):
+        with pytest.raises(ValueError, match="do not fit"):
+            fpnl.forward(*bad)
+    with pytest.raises(ValueError, match='expected True, False or "hardware"'):
+        fpnl.forward(params, x, ftz="no")
+    for options in ({"sigma": 0}, {"sigma": np.inf}, {"sigma": np.nan}, {"block": 0}):
+        with pytest.raises(ValueError, match="sigma > 0 and block >= 1"):
+            fpnl.es_gradient(params, x, labels, RNG(0), **options)
+    for bad in (labels[:-1], labels + 5, labels - 5):
+        with pytest.raises(ValueError, match="labels in"):
+            fpnl.es_gradient(params, x, bad, RNG(0))
+
+
+def test_loss_and_accuracy():
+    logits = np.array([[2, 1, 0], [0, 1e4, 0], [-1e4, 1, 0]], np.float32)
+    labels = np.array([0, 1, 2])
+    p = np.exp([2.0, 1.0, 0.0]) / np.exp([2.0, 1.0, 0.0]).sum()
+    assert fpnl.loss(logits, labels) == pytest.approx(np.mean([-np.log(p[0]), 0, np.log(1 + np.e)]), rel=1e-6)
+    assert fpnl.loss(logits, labels).dtype == np.float32
+    assert fpnl.accuracy(logits, labels) == pytest.approx(2 / 3)
+
+
+# --- The ES gradient --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ftz", [True, False, pytest.param("hardware", marks=needs_hardware)])
+@pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
+@pytest.mark.parametrize("block", [1, 3, 4, 64])
+def test_fast_members_are_literally_mutated_networks(sizes, block, ftz, monkeypatch):
+    """`es_gradient` against `es_gradient_plain`, also in tiles and groups of the smallest size."""
+    params, x, labels = example(sizes, n=7, seed=len(sizes))
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, ftz)
+    for tile in (fpnl._TILE, 100, 1):
+        monkeypatch.setattr(fpnl, "_TILE", tile)
+        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, ftz)
+        for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+def test_live_later_biases_count():
+    """A later bias of 1/2 or more is part of the network that the members are."""
+    params, x, labels = example((12, 10, 9, 5))
+    params = [params[0]] + [(W, np.linspace(-1.5, 1.5, len(b), dtype=np.float32)) for W, b in params[1:]]
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(6), block=4)
+    fast = fpnl.es_gradient(params, x, labels, RNG(6), block=4)
+    for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+def test_estimate_is_the_expectation_over_all_signs(monkeypatch):
+    """One image, repeated with each of the 2^4 sign patterns of a layer: the mean over that batch is the
+    expectation of the estimate, written out here with weights mutated one pattern at a time."""
+    sigma, sizes = 0.1, (5, 4, 4, 4)
+    params, x, labels = example(sizes, n=1, seed=8)
+    patterns = np.array(list(itertools.product((-1, 1), repeat=4)), np.float32)
+    monkeypatch.setattr(fpnl, "mutation_signs", lambda rng, width, n: patterns.T.copy())
+    x16, y16 = np.repeat(x, 16, axis=0), np.repeat(labels, 16)
+    grads = fpnl.es_gradient(params, x16, y16, RNG(0), sigma, block=4)
+
+    hs = fpnl.activations(params, x)
+    directions = [np.append(x, np.float32(1)), *(np.append(h * fpnl.SCALE, np.float32(0)) for h in hs[:-1])]
+    blocks = [[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0], [1], [2], [3]]
+    for l, (dW, db) in enumerate(grads):
+        expected = np.zeros((len(directions[l]), 4))
+        norm = np.linalg.norm(directions[l].astype(np.float64))
+        for e, block in itertools.product(patterns, blocks[l]):
+            eps = np.zeros_like(expected)  # the member's mutation, of norm 1 in each unit of the block
+            eps[:, block] = np.outer(directions[l] / norm, e[block])
+            sides = []
+            for sign in (+1, -1):
+                W = (params[l][0] + sign * sigma * eps[:-1]).astype(np.float32)
+                b = (params[l][1] + sign * sigma * eps[-1]).astype(np.float32)
+                sides.append(float(fpnl.loss(fpnl.forward([*params[:l], (W, b), *params[l + 1 :]], x), labels)))
+            expected += (sides[0] - sides[1]) / (2 * sigma) * eps / len(patterns)
+        np.testing.assert_allclose(dW, expected[:-1], atol=1e-5)
+        np.testing.assert_allclose(db, expected[-1], atol=1e-5)
+        assert np.abs(expected).max() > 0.01
+
+
+def test_gradient_of_a_linear_layer_is_the_analytic_one():
+    """One layer without the flush: softmax regression, whose gradient is x^T (p - y) / n. Fixes sign and scale."""
+    params, x, labels = example((20, 6), n=40)
+    z = x.astype(np.float64) @ params[0][0]
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    p[np.arange(40), labels] -= 1
+    ((dW, db),) = fpnl.es_gradient(params, x, labels, RNG(0), sigma=0.01, ftz=False)
+    np.testing.assert_allclose(dW, x.T @ p / 40, atol=2e-4)
+    np.testing.assert_allclose(db, p.mean(axis=0), atol=2e-4)
+
+
+def test_descent_descends():
+    params, x, labels = example((20, 16, 16, 4), n=64)
+    before = fpnl.loss(fpnl.forward(params, x), labels)
+    for step in range(20):
+        for layer, grads in zip(params, fpnl.es_gradient(params, x, labels, RNG(step), block=4)):
+            for a, g in zip(layer, grads):
+                a -= np.float32(0.1) * g
+    assert fpnl.loss(fpnl.forward(params, x), labels) < 0.9 * before
+
+
+def test_adamw_is_the_published_algorithm():
+    rng = RNG(9)
+    p, m, v = rng.standard_normal(100, dtype=np.float32), np.zeros(100, np.float32), np.zeros(100, np.float32)
+    p_, m_, v_ = (a.astype(np.float64) for a in (p, m, v))
+    for step in range(1, 30):
+        g, lr = rng.standard_normal(100, dtype=np.float32), 0.01 / step
+        fpnl.adamw(p, g, m, v, step, lr, weight_decay=0.3)
+        m_ = 0.9 * m_ + 0.1 * g
+        v_ = 0.999 * v_ + 0.001 * g.astype(np.float64) ** 2
+        p_ = p_ - lr * 0.3 * p_ - lr * (m_ / (1 - 0.9**step)) / (np.sqrt(v_ / (1 - 0.999**step)) + 1e-8)
+    np.testing.assert_allclose(p, p_, rtol=1e-4, atol=1e-6)
+    assert p.dtype == np.float32
+
+
+def test_nothing_happens_at_import_and_no_global_generator_is_touched():
+    code = "import sys, fpnl; print(sorted({'train', 'data', 'scipy', 'pytest'} & {m.partition('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    params, x, labels = example()
+    fpnl.es_gradient(params, x, labels, RNG(0))
+    assert np.array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+
+
+# --- The data ---------------------------------------------------------------------------------------
+
+SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def idx(array, code=0x08):
+    array = np.asarray(array, {0x08: ">u1", 0x0D: ">f4", 0x0B: ">i2"}[code])
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_set(folder, train=60, test=20, shape=(4, 5), spelling="{}-idx{}-ubyte", end=""):
+    """A small data set, and what `load` should make of it."""
+    folder.mkdir(exist_ok=True)
+    rng, arrays = RNG(1), []
+    for part, n in (("train", train), ("t10k", test)):
+        for kind, dims, a in (
+            ("images", 3, rng.integers(0, 256, (n, *shape))),
+            ("labels", 1, rng.permutation(np.arange(n) % 10)),
+        ):
+            content = gzip.compress(idx(a)) if end else idx(a)
+            (folder / (f"{part}-" + spelling.format(kind, dims) + end)).write_bytes(content)
+            arrays.append(a.reshape(n, -1) if dims == 3 else a)
+    return arrays
+
+
+def test_embedded_mnist_is_the_published_one(mnist):
+    for name, digest in SHA256.items():
+        content = gzip.decompress((data.MNIST / f"{name}.gz").read_bytes())
+        assert hashlib.sha256(content).hexdigest() == digest, name
+    assert [a.shape for a in mnist] == [(60000, 784), (60000,), (10000, 784), (10000,)]
+    assert {a.dtype for a in mnist} == {np.dtype("u1")}
+    assert mnist[1][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    x = data.pixels(mnist[2][:100])
+    assert x.dtype == np.float32 and x.min() == 0 and x.max() == 1
+
+
+@pytest.mark.parametrize("spelling", ["{}-idx{}-ubyte", "{}.idx{}-ubyte"])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_load_takes_either_spelling_gzipped_or_plain(tmp_path, spelling, end):
+    expected = write_set(tmp_path, spelling=spelling, end=end)
+    for folder in (tmp_path, str(tmp_path)):
+        for found, array in zip(data.load(folder), expected, strict=True):
+            assert np.array_equal(found, array)
+
+
+def test_load_takes_float_images(tmp_path):
+    write_set(tmp_path)
+    images = RNG(2).random((60, 4, 5), dtype=np.float32)
+    for part, n in (("train", 60), ("t10k", 20)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images[:n], 0x0D))
+    x = data.load(tmp_path)[0]
+    assert_same_bits(data.pixels(x), images.reshape(60, 20))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+GOOD = idx(np.arange(1200).reshape(60, 4, 5) % 256)
+NAN = np.full((60, 4, 5), 0.5)
+NAN[3, 2, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (IMAGES, b"", "starts with 00000803 or 00000d03 .hex., found nothing"),
+        (IMAGES, b"<!DOCTYPE html>", "starts with 00000803 .*, found 3c21444f"),
+        (IMAGES, GOOD[:-1], "expected 1200 bytes for shape .60, 4, 5., found 1199"),
+        (IMAGES, GOOD + b"\0", "expected 1200 bytes for shape .60, 4, 5., found 1201"),
+        (IMAGES, GOOD[:10], "starts with"),
+        (IMAGES, b"\1" + GOOD[1:], "starts with .*, found 01000803"),
+        (IMAGES, idx(np.zeros((60, 4, 5)), 0x0B), "starts with .*, found 00000b03"),
+        (IMAGES, idx(np.zeros(60)), "starts with .*, found 00000801"),
+        (IMAGES, idx(np.zeros((60, 4, 6))), "t10k-images.*expected images of .4, 6. as in train-images.*found .4, 5."),
+        (IMAGES, idx(np.zeros((0, 4, 5))), "expected images, found shape .0, 4, 5."),
+        (IMAGES, idx(np.zeros((59, 4, 5))), "train-labels.*expected 59 labels.*found 60"),
+        (IMAGES, gzip.compress(GOOD)[:-9], "expected a gzip file, found a damaged one"),
+        (
+            IMAGES,
+            gzip.compress(GOOD)[:40] + b"\0" + gzip.compress(GOOD)[41:],
+            "expected a gzip file, found a damaged one",
+        ),
+        (IMAGES, idx(NAN, 0x0D), r"expected float pixels in \[0, 1\], found nan"),
+        (IMAGES, idx(NAN[4:] * 3, 0x0D), "train-labels.*expected 56 labels"),
+        (IMAGES, idx(np.full((60, 4, 5), 1.5), 0x0D), r"expected float pixels in \[0, 1\], found 1.5 to 1.5"),
+        (LABELS, idx(np.arange(20)), "expected labels 0 to 9 .unsigned bytes., found 19"),
+        (LABELS, idx(np.zeros(19)), "expected 20 labels, one for each image of t10k-images-idx3-ubyte, found 19"),
+        (LABELS, idx(np.zeros(20), 0x0D), "expected labels 0 to 9 .unsigned bytes., found 0.0 .float32."),
+        (LABELS, GOOD, "starts with 00000801 .*, found 00000803"),
+    ],
+)
+def test_load_names_the_file_what_was_expected_and_what_was_found(tmp_path, name, content, says):
+    write_set(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        data.load(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with the four files of MNIST, found none"):
+        data.load(tmp_path / "nowhere")
+    write_set(tmp_path)
+    (tmp_path / LABELS).unlink()
+    with pytest.raises(FileNotFoundError, match="expected one of t10k-labels-idx1-ubyte, .*idx1-ubyte.gz, found none"):
+        data.load(tmp_path)
+
+
+# --- The command ------------------------------------------------------------------------------------
+
+
+def run(*arguments, check=True):
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done
+
+
+def saved(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def result(done):
+    line = done.stdout.splitlines()[-1]
+    found = re.fullmatch(r"result: train (\d\.\d{4}) (test|validation) (\d\.\d{4}) seconds (\d+)", line)
+    assert found, line
+    return float(found[1]), float(found[3])
+
+
+@pytest.fixture(scope="session")
+def slice_of_mnist(mnist, tmp_path_factory):
+    """10,000 training and 5,000 test images, as files."""
+    folder = tmp_path_factory.mktemp("slice")
+    for part, x, y in (("train", mnist[0][:10000], mnist[1][:10000]), ("t10k", mnist[2][:5000], mnist[3][:5000])):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(x.reshape(-1, 28, 28)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y))
+    return folder
+
+
+def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
+    """Against softmax regression on the same images, stopped where its test accuracy is best."""
+    done = run("--data", slice_of_mnist, "--epochs", 12, "--batch", 256, "--save", tmp_path / "w.npz")
+    train, test = result(done)
+    train_x, train_y, test_x, test_y = data.load(slice_of_mnist)
+    x, held = data.pixels(train_x), data.pixels(test_x)
+    W, b = np.zeros((784, 10), np.float32), np.zeros(10, np.float32)
+    state = [np.zeros_like(a) for a in (W, W, b, b)]
+    best_train = best_test = 0
+    for step in range(1, 401):
+        logits = x @ W + b
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        p[np.arange(len(x)), train_y] -= 1
+        fpnl.adamw(W, x.T @ p / np.float32(len(x)), *state[:2], step, 1e-2)
+        fpnl.adamw(b, p.mean(axis=0), *state[2:], step, 1e-2)
+        if step % 20 == 0:
+            best_train = max(best_train, fpnl.accuracy(x @ W + b, train_y))
+            best_test = max(best_test, fpnl.accuracy(held @ W + b, test_y))
+    assert best_train > 0.9 and best_test > 0.87  # the linear model is a fair one
+    assert train > best_train and test > best_test + 0.01
+    weights = saved(tmp_path / "w.npz")
+    assert {k: v.shape for k, v in weights.items()} == {
+        "W1": (784, 512), "b1": (512,), "W2": (512, 512), "b2": (512,), "W3": (512, 10), "b3": (10,),
+    }  # fmt: skip
+    params = [(weights[f"W{i}"], weights[f"b{i}"]) for i in (1, 2, 3)]
+    assert fpnl.accuracy(fpnl.forward(params, held), test_y) == pytest.approx(test, abs=5e-5)
+    assert fpnl.accuracy(fpnl.forward(params, held, ftz=False), test_y) < best_test  # it is the underflow
+    assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
+
+
+SHORT = ["--epochs", 0.15, "--batch", 300, "--seed", 3, "--flush", "emulated", "--workers", 1]
+
+
+@pytest.fixture(scope="session")
+def short_run(slice_of_mnist, tmp_path_factory):
+    path = tmp_path_factory.mktemp("short") / "w.npz"
+    run("--data", slice_of_mnist, *SHORT, "--save", path)
+    return saved(path)
+
+
+@pytest.mark.parametrize(
+    "options", [["--workers", 2], ["--workers", 3], pytest.param(["--flush", "hardware"], marks=needs_hardware)]
+)
+def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run, tmp_path, options):
+    run("--data", slice_of_mnist, *SHORT, *options, "--save", tmp_path / "w.npz")
+    weights = saved(tmp_path / "w.npz")
+    assert weights.keys() == short_run.keys()
+    for key, array in weights.items():
+        assert_same_bits(array, short_run[key])
+
+
+@pytest.mark.parametrize(
+    "options", [["--seed", 4], ["--sigma", 0.03], ["--block", 9], ["--lr", 2e-3], ["--flush", "off"]]
+)
+def test_options_reach_the_run(slice_of_mnist, tmp_path, options):
+    run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, "--save", tmp_path / "w.npz")
+    reference = saved(tmp_path / "w.npz")["W1"]
+    run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, *options, "--save", tmp_path / "w.npz")
+    assert not np.array_equal(saved(tmp_path / "w.npz")["W1"], reference)
+
+
+def test_report_and_validation(slice_of_mnist, tmp_path):
+    done = run("--data", slice_of_mnist, "--validation", 7000, "--epochs", 0.2, "--batch", 100, "--reports", 3)
+    title, header, *rows, last = done.stdout.splitlines()
+    assert "784-512-512-10" in title and "669,706 weights" in title and "3,000 images" in title
+    assert header.split() == ["epoch", "seconds", "loss", "train", "validation", "live", "units", "left"]
+    assert [row.split()[0] for row in rows] == ["0.00", "0.07", "0.13", "0.20"]
+    for row in rows:
+        assert re.fullmatch(
+            r" *\d+\.\d\d +\d+\.\d +\d+\.\d{4}  0\.\d{4} +0\.\d{4}   0\.\d\d 0\.\d\d 0\.\d\d +(\d+ s|\?)", row
+        )
+    assert last.startswith("result: train ") and " validation " in last and result(done)
+
+
+def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
+    done = run("--data", slice_of_mnist, "--epochs", 0, "--save", tmp_path / "w.npz", "--seed", 7)
+    params = fpnl.init(np.random.default_rng((7, 0)))
+    assert_same_bits(saved(tmp_path / "w.npz")["W2"], params[1][0])
+    train_x, train_y, test_x, test_y = data.load(slice_of_mnist)
+    expected = [
+        fpnl.accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in ((train_x, train_y), (test_x, test_y))
+    ]
+    assert result(done) == pytest.approx(expected, abs=5.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sigma", 0], "argument --sigma: expected a finite number above 0, found 0"),
+        (["--sigma", "nan"], "argument --sigma: expected a finite number above 0, found nan"),
+        (["--sigma", "big"], "argument --sigma: invalid float value: 'big'"),
+        (["--block", 0], "argument --block: expected a finite number from 1, found 0"),
+        (["--batch", 0], "argument --batch: expected a finite number from 1, found 0"),
+        (["--batch", 60001], "--batch: expected at most the 60000 training images, found 60001"),
+        (["--validation", 60000], "--validation: expected fewer than 60000 images, found 60000"),
+        (["--epochs", -1], "argument --epochs: expected a finite number from 0, found -1"),
+        (["--epochs", "inf"], "argument --epochs: expected a finite number from 0, found inf"),
+        (["--lr", "-0.1"], "argument --lr: expected a finite number from 0, found -0.1"),
+        (["--weight-decay", "x"], "argument --weight-decay: invalid float value: 'x'"),
+        (["--workers", 0], "argument --workers: expected a finite number from 1, found 0"),
+        (["--seed", -1], "argument --seed: expected a finite number from 0, found -1"),
+        (["--flush", "maybe"], "argument --flush: invalid choice: 'maybe'"),
+        (["--data", "/nowhere"], "/nowhere: expected a folder with the four files of MNIST, found none"),
+        (["--save", "/nowhere/w.npz"], "argument --save: expected a folder to write to, found /nowhere"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
+    ],
+)
+def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, arguments, says):
+    if arguments == ["--data", "NAN"]:
+        write_set(tmp_path / "nan")
+        (tmp_path / "nan" / IMAGES).write_bytes(idx(NAN, 0x0D))
+        arguments = ["--data", tmp_path / "nan"]
+    before = sorted(tmp_path.rglob("*"))
+    done = run("--save", tmp_path / "w.npz", *arguments, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):
+    done = run("--data", slice_of_mnist, "--lr", 1e38, "--epochs", 1, "--save", tmp_path / "w.npz", check=False)
+    assert done.returncode == 2 and "the loss is" in done.stderr and "try a smaller --lr" in done.stderr
+    assert not list(tmp_path.iterdir())
