@@ -135,7 +135,8 @@ def train(args):
                 seconds = time.perf_counter() - began
                 trained, held = measure(run, 0), measure(run, 2)
                 left = seconds * (steps - step) / step if step else math.nan
-                row = f"{step / steps_per_epoch:6.2f} {seconds:8.1f} {trained[0]:8.4f} {trained[1]:7.4f} {held[1]:10.4f}  "
+                row = f"{step / steps_per_epoch:6.2f} {seconds:8.1f} {trained[0]:8.4f} "
+                row += f"{trained[1]:7.4f} {held[1]:10.4f}  "
                 row += "".join(f" {share:.2f}" for share in trained[2:])
                 print(row + (f"{left:8.0f} s" if step else f"{'?':>10}"), flush=True)
                 if not math.isfinite(trained[0]):
