@@ -46,10 +46,7 @@ SIZES = (784, 512, 512, 10)
 
 # --- Flush-to-zero arithmetic -------------------------------------------------------------------
 
-_MAGNITUDE, _TINY_BITS = np.int32(0x7FFFFFFF), np.int32(0x00800000)
-# A result is tiny, and flushed, below this magnitude. x86 decides after rounding to 24 bits as if
-# the exponent were unbounded: from TINY - 2^-151 upwards that rounds to TINY. AArch64 decides before.
-_TINY_BELOW = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
+_MAGNITUDE, _TINY_BITS = np.int32(0x7FFFFFFF), np.int32(0x00800000)  # all bits but the sign; those of TINY
 
 
 def flush(x):
@@ -70,8 +67,8 @@ def flush(x):
     TypeError : x is not float32.
     """
     bits = _float32(x).view(np.int32)
-    keep = np.where((bits & _MAGNITUDE) < _TINY_BITS, ~_MAGNITUDE, np.int32(-1))
-    return (bits & keep).view(float32)[()]
+    keep = (_TINY_BITS - 1 - (bits & _MAGNITUDE)) >> 31  # every bit from TINY on, none below
+    return (bits & (keep | ~_MAGNITUDE)).view(float32)[()]
 
 
 def add(a, b, daz=True, tininess="after", out=None):
@@ -85,7 +82,7 @@ def add(a, b, daz=True, tininess="after", out=None):
     daz : also read subnormal operands as the zero of their sign ("denormals are zero").
     tininess : "after" rounding (x86: an exact result x is flushed iff |x| < TINY - 2^-151) or
         "before" (AArch64: iff |x| < TINY). They differ on products alone.
-    out : float32 array to write to; may be `a` or `b`.
+    out : float32 array to write to and return; may overlap `a` and `b`.
 
     Returns
     -------
@@ -117,49 +114,58 @@ def divide(a, b, daz=True, tininess="after", out=None):
 
 
 def _flushed(op, a, b, daz, tininess, out):
-    """Chunks that fit the cache; the exact rule where a result may be tiny, the plain op elsewhere."""
-    if tininess not in _TINY_BELOW:
+    """`_compute` in chunks: what it reads more than once is then in the cache."""
+    if tininess not in ("after", "before"):
         raise ValueError(f'tininess: expected "after" or "before", found {tininess!r}')
-    operands = [_float32(a), _float32(b), None if out is None else _float32(out)]
+    for x in (a, b) if out is None else (a, b, out):
+        _float32(x)
     chunks = np.nditer(
-        operands,
+        [a, b, out],
         flags=["external_loop", "buffered", "zerosize_ok", "copy_if_overlap"],
-        op_flags=[["readonly"], ["readonly"], ["writeonly", "allocate", "no_broadcast"]],
-        buffersize=1 << 14,
+        op_flags=[[use, "allocate", "overlap_assume_elementwise"] for use in ("readonly", "readonly", "writeonly")],
+        buffersize=1 << 16,
     )
     with chunks, np.errstate(all="ignore"):
         for x, y, z in chunks:
-            mx, my = x.view(np.int32) & _MAGNITUDE, y.view(np.int32) & _MAGNITUDE
-            subnormal = min(mx.min(), my.min()) < _TINY_BITS  # or zero: then `flush` is harmless
-            if subnormal and daz:
-                x, y = flush(x), flush(y)
-                mx, my = x.view(np.int32) & _MAGNITUDE, y.view(np.int32) & _MAGNITUDE
-            r = op(x, y)
-            exact = (r.view(np.int32) & _MAGNITUDE) <= _TINY_BITS
-            if exact.any():  # a zero that comes from a zero is a plain zero
-                exact &= (mx != 0) & (my != 0)
-            if subnormal and not daz:  # the CPU itself may be in DAZ mode
-                exact |= (mx < _TINY_BITS) | (my < _TINY_BITS)
-            if exact.any():
-                r[exact] = _exactly(op, x[exact], y[exact], _TINY_BELOW[tininess])
-            z[...] = r
-        return chunks.operands[2][()]
+            _compute(op, x, y, z, daz, tininess)
+        result = chunks.operands[2]
+    return result[()] if out is None else out
 
 
-def _exactly(op, x, y, tiny_below):
-    """op in float64, where it is exact as far as tininess goes, flushed, rounded once to float32.
+def _compute(op, x, y, z, daz, tininess):
+    """z[:] = op(x, y), the same bits in whatever mode the CPU itself is."""
+    sizes_x, sizes_y = _magnitudes(x), _magnitudes(y)
+    least_x, least_y = sizes_x.min(), sizes_y.min()
+    extreme_y = sizes_y.max() if op is np.divide else least_y
+    read = flush if daz else _widen  # subnormals become zeros, or float64; zeros stay what they are
+    x = read(x) if least_x < _TINY_BITS else x
+    y = read(y) if least_y < _TINY_BITS else y
+    if op in (np.add, np.subtract):
+        op(x, y, out=z)  # a subnormal sum is exact: flushing it afterwards is no different
+        if _magnitudes(z).min() < _TINY_BITS:
+            z[:] = flush(z)
+    elif op(least_x.view(float32), extreme_y.view(float32), dtype=np.float64) > TINY:
+        op(x, y, out=z)  # the least result is not tiny, so none is
+    else:
+        # The rule: a result is tiny if it is below 1 in units of TINY, where the exponent is far from
+        # its limit (what overflows is not tiny). "After" is rounded to float32; "before", float64 has
+        # the bits to tell: products are exact, and a quotient is 1 or at least 2^-24 away from it.
+        wide = np.float64 if tininess == "before" else np.result_type(x, y).type
+        units = op(x * wide(1 / TINY), y)
+        if tininess == "after":
+            units = units.astype(float32, copy=False)
+        op(x * (np.abs(units) >= 1), y, out=z)  # 0 op y is the zero of the right sign
 
-    A float64 product of float32 is exact, so is a sum below TINY; a quotient is at least 2^-50
-    (relative) away from the threshold or on it; 53 >= 2 * 24 + 2 bits make the second rounding harmless.
-    """
-    r = op(_widen(x), _widen(y))
-    return np.where(np.abs(r) < tiny_below, np.copysign(0.0, r), r).astype(float32)
+
+def _magnitudes(x):
+    """The bits without the sign, which have the order of |x|; just one where x is a broadcast scalar."""
+    return (x[:1] if x.strides == (0,) else x).view(np.int32) & _MAGNITUDE
 
 
 def _widen(x):
     """float32 -> float64 by way of the bits: a CPU in DAZ mode converts a subnormal to 0."""
-    magnitude = x.view(np.int32) & _MAGNITUDE
-    return np.where(magnitude < _TINY_BITS, np.copysign(magnitude * 2.0**-149, x), x)
+    bits = x.view(np.int32) & _MAGNITUDE
+    return np.where(bits < _TINY_BITS, np.copysign(bits * 2.0**-149, x), x)
 
 
 def _float32(x):
@@ -168,17 +174,16 @@ def _float32(x):
     return np.asarray(x)
 
 
-# Where the C library keeps the control register of the floating-point unit in its fenv_t:
-# library, bytes of fenv_t, offset of the register, its FTZ bit, its DAZ bit.
+# Where the C library keeps the control register of the floating-point unit in its fenv_t. System, machine,
+# bytes of a pointer: library, 32-bit words of fenv_t, index of the register, its FTZ bit, its DAZ bit.
 _FENV = {
-    ("Linux", "x86_64"): ("libm.so.6", 32, 28, 0x8000, 0x0040),  # glibc, MXCSR
-    ("Linux", "aarch64"): ("libm.so.6", 8, 0, 1 << 24, 1 << 24),  # glibc, FPCR.FZ: both at once
-    ("Darwin", "x86_64"): (None, 16, 4, 0x8000, 0x0040),
-    ("Darwin", "arm64"): (None, 16, 8, 1 << 24, 1 << 24),
+    ("Linux", "x86_64", 8): ("libm.so.6", 8, 7, 0x8000, 0x0040),  # glibc, MXCSR
+    ("Linux", "aarch64", 8): ("libm.so.6", 2, 0, 1 << 24, 1 << 24),  # glibc, FPCR.FZ: both at once
+    ("Darwin", "x86_64", 8): (None, 4, 1, 0x8000, 0x0040),
+    ("Darwin", "arm64", 8): (None, 4, 2, 1 << 24, 1 << 24),
 }
 
 
-@contextlib.contextmanager
 def hardware_ftz(daz=True):
     """Put the CPU itself in flush-to-zero mode, for the calling thread, as long as the context lasts.
 
@@ -192,52 +197,46 @@ def hardware_ftz(daz=True):
 
     Raises
     ------
-    RuntimeError : the platform is not known, or cannot flush results without flushing operands.
+    RuntimeError : on entering, if the platform is not known or cannot flush results without operands.
     """
-    with _fpu_mode(True, daz):
-        yield
+    return _fpu_mode(True, daz)
 
 
 @contextlib.contextmanager
 def _fpu_mode(ftz, daz):
-    swap, ftz_bit, daz_bit = _fpu_control()
+    read, write, register, mask, ftz_bit, daz_bit = _fpu_control()
     if ftz != daz and ftz_bit == daz_bit:
         raise RuntimeError("hardware_ftz: this CPU or system switches FTZ and DAZ only together (daz=True)")
-    restore = swap(ftz_bit | daz_bit, ftz * ftz_bit | daz * daz_bit)
+    env = read()
+    saved = env[register]
+    env[register] = saved & ~mask | ftz * ftz_bit | daz * daz_bit
+    write(env)
+    env[register] = saved
     try:
         yield
     finally:
-        restore()
+        write(env)
 
 
 @functools.cache
 def _fpu_control():
-    """(swap, FTZ bit, DAZ bit); swap(mask, bits) sets the masked bits and returns what undoes that."""
+    """How to read and to write the environment; where in it the register is, its bits to clear, FTZ, DAZ."""
     system, machine = platform.system(), platform.machine()
-    if system == "Windows":
-        control = ctypes.CDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
+    if system == "Windows":  # _MCW_DN is 0x03000000 and _DN_FLUSH, 1 << 24, is both at once
+        control = ctypes.PyDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
+        return lambda: [control(0, 0)], lambda env: control(env[0], 0x03000000), 0, 0x03000000, 1 << 24, 1 << 24
+    try:
+        library, words, register, ftz_bit, daz_bit = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
+        libm, fenv_t = ctypes.PyDLL(library), ctypes.c_uint32 * words  # PyDLL keeps the GIL: faster
+    except (KeyError, OSError) as error:
+        raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation") from error
 
-        def swap_windows(_, bits):
-            saved = control(0, 0)
-            control(bits, 0x03000000)  # _MCW_DN
-            return lambda: control(saved, 0x03000000)
+    def read():
+        env = fenv_t()
+        libm.fegetenv(env)
+        return env
 
-        return swap_windows, 0x01000000, 0x01000000  # _DN_FLUSH: both at once
-    if (system, machine) not in _FENV or ctypes.sizeof(ctypes.c_void_p) != 8:
-        raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation (ftz=True)")
-    library, size, offset, ftz_bit, daz_bit = _FENV[system, machine]
-    libm = ctypes.CDLL(library)
-
-    def swap(mask, bits):
-        saved = (ctypes.c_ubyte * size)()
-        libm.fegetenv(saved)
-        changed = (ctypes.c_ubyte * size).from_buffer_copy(saved)
-        register = ctypes.c_uint32.from_buffer(changed, offset)
-        register.value = register.value & ~mask | bits
-        libm.fesetenv(changed)
-        return lambda: libm.fesetenv(saved)
-
-    return swap, ftz_bit, daz_bit
+    return read, libm.fesetenv, register, ftz_bit | daz_bit, ftz_bit, daz_bit
 
 
 # --- The network ----------------------------------------------------------------------------------
@@ -263,25 +262,25 @@ def init(rng, sizes=SIZES):
     ]
 
 
-def forward(params, x, ftz=True):
+def forward(params, x, ftz=True, scale=SCALE):
     """The network, operation by operation: [batch, inputs] -> logits [batch, classes], float32.
 
     `ftz`: True, every operation but the product flushes its operands and its result; "hardware",
     the CPU's own flags do that, with the same bits; False, the same code in IEEE arithmetic with
-    gradual underflow, where the network is linear up to rounding. Raises TypeError for anything but
-    float32, ValueError for shapes that do not fit.
+    gradual underflow, where the network is linear up to rounding. `scale`: another S, a power of two.
+    Raises TypeError for anything but float32, ValueError for shapes that do not fit.
     """
-    return _arithmetic(ftz)[1](activations(params, x, ftz)[-1], SCALE)
+    return _arithmetic(ftz)[1](activations(params, x, ftz, scale)[-1], scale)
 
 
-def activations(params, x, ftz=True):
+def activations(params, x, ftz=True, scale=SCALE):
     """h1, h2, ... of every layer, [batch, width] each, at their true size around 2^-126."""
     _check(params, x)
     plus, _, over = _arithmetic(ftz)
     (W, b), *later = params
-    hs = [over(plus(x @ W, b), SCALE)]
+    hs = [over(plus(x @ W, b), scale)]
     for W, b in later:  # b / S underflows until |b| >= 1/2: as in the post, these biases are inert
-        hs.append(plus(product(hs[-1], W), over(b, SCALE)))
+        hs.append(plus(product(hs[-1], W, scale), over(b, scale)))
     return hs
 
 
@@ -294,13 +293,13 @@ def _arithmetic(ftz):
     return (add, multiply, divide) if ftz else (np.add, np.multiply, np.divide)
 
 
-def product(h, W):
+def product(h, W, scale=SCALE):
     """h @ W for h around 2^-126, keeping subnormals: [batch, fan_in] -> [batch, width].
 
     Written as (h S) @ W / S, divided in IEEE arithmetic: S is a power of two, so only the rounding
     of subnormal partial sums (to multiples of 2^-149) is spared, and with it a factor of 200 in time.
     """
-    return (h * SCALE) @ W / SCALE
+    return (h * scale) @ W / scale
 
 
 def loss(logits, labels):
@@ -401,7 +400,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
     """
     _check(params, x)
     n, classes = len(x), len(params[-1][1])
-    if not 0 < sigma < np.inf or block < 1:
+    if not 0 < float32(sigma) < np.inf or block < 1:
         raise ValueError(f"expected a finite sigma > 0 and block >= 1, found {sigma} and {block}")
     if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
         raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")

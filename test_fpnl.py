@@ -1,5 +1,7 @@
 """The tests: `python -m pytest`. Bits are compared as uint32, NaNs by class; no test asserts a time."""
 
+import concurrent.futures
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -10,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -50,6 +53,515 @@ HARDWARE = has_hardware() or (platform.system(), platform.machine()) == ("Linux"
 needs_hardware = pytest.mark.skipif(not HARDWARE, reason="fpnl cannot switch this CPU to flush-to-zero")
 
 
+# --- Flush-to-zero arithmetic: vectors and oracles ---------------------------------------------------
+
+OPS = ("add", "subtract", "multiply", "divide")
+MODES = list(itertools.product((False, True), repeat=2))  # FTZ, DAZ
+CPU_TININESS = "before" if platform.machine().lower() in ("aarch64", "arm64") else "after"
+TINY = fpnl.TINY
+all_ops = pytest.mark.parametrize("op", OPS)
+all_modes = pytest.mark.parametrize(("ftz", "daz"), MODES)
+
+
+def from_bits(x):
+    return np.asarray(x, np.uint32).view(np.float32)
+
+
+def ldexp(significand, exponent):
+    return np.ldexp(np.float64(significand), exponent).astype(np.float32)
+
+
+SPECIAL = [
+    *(0x00000000, 0x00000001, 0x00000002, 0x00400000, 0x007FFFFE, 0x007FFFFF),  # 0 and subnormals
+    *(0x00800000, 0x00800001, 0x00800002, 0x00FFFFFF, 0x01000000, 0x01000001),  # from TINY on
+    *(0x01200000, 0x014CCCCD, 0x00333333),  # 2.5, 1.6 and 0.4 TINY
+    *(0x1F800000, 0x20000000, 0x33800000),  # 2^-64, 2^-63, 2^-24
+    *(0x3EFFFFFF, 0x3F000000, 0x3F000001, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 0x40400000),  # around 1/2 and 1; 3
+    *(0x01000000, 0x7DFFFFFF, 0x7E000000, 0x7E000001, 0x7E800000),  # 2^-125, around 2^125, 2^126
+    *(0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001),  # largest, inf, NaN, signalling NaN
+    *ldexp([55831 << 8, 601 << 14], [-149, -24]).view(np.uint32),  # their product is a tie: see GOLDEN
+]
+
+
+@functools.cache
+def grid():
+    """Every pair of special values, of either sign."""
+    values = np.array(SPECIAL, np.uint32)
+    a, b = np.meshgrid(*[from_bits(np.concatenate([values, values | 0x80000000]))] * 2)
+    return a.ravel(), b.ravel()
+
+
+@functools.cache
+def directed(n=60_000):
+    """Pairs whose product, quotient or sum is at the threshold, many of them where the naive mask is wrong."""
+    rng = RNG(1)
+    # a * b: A has m bits, B 24, and A B is the last product below 2^(m+23) (1 - 2^-25), or a neighbour.
+    m = rng.integers(2, 25, n)
+    m[: n // 2] = 24
+    A = rng.integers(1 << (m - 1), 1 << m)
+    B = ((1 << (m + 23)) - (1 << (m - 2)) - 1) // A + rng.choice([0, 0, 0, -1, 1], n)
+    e = rng.integers(-149, -m + 1)
+    e[n // 2 :: 2] = -149  # the factor is subnormal, unless m = 24
+    products = ldexp(A, e), ldexp(B, -149 - m - e)
+    # a / b: (1 - 2^-24) 2^k / 2^(k + 126), every k; and a = b TINY, or some steps away from it.
+    k = np.tile(np.arange(-125, 2), 4)
+    ones = ldexp((1 << 24) - 1, k - 24), ldexp(1, k + 126)
+    b = from_bits(rng.integers(0x3F800000, 0x7F800000, n, dtype=np.uint32))
+    near = from_bits((b * TINY).view(np.uint32) + rng.integers(-2, 3, n).astype(np.uint32))
+    # a + b: all but cancels.
+    a = rng.integers(0x00800000, 0x0C000000, n, dtype=np.uint32)
+    sums = from_bits(a), from_bits(a + rng.integers(-1000, 1001, n).astype(np.uint32))
+    a, b = (np.concatenate(x) for x in zip(products, products[::-1], ones, (near, b), sums, strict=True))
+    return [from_bits(x.view(np.uint32) | rng.integers(0, 2, x.size, dtype=np.uint32) << 31) for x in (a, b)]
+
+
+@functools.cache
+def random(n=1 << 21):
+    """Random bit patterns; then random ones whose product or quotient is within 2^+-4 of TINY."""
+    rng = RNG(2)
+    a, b, c, d = (rng.integers(0, 1 << 32, n, dtype=np.uint32) for _ in range(4))
+    exponent = c >> 23 & 0xFF
+    near = rng.integers(-4, 5, n)
+    for_product = np.clip(128 - exponent + near, 0, 254).astype(np.uint32)
+    for_quotient = np.clip(exponent + 126 + near, 0, 254).astype(np.uint32)
+    d = d & 0x807FFFFF | np.where(np.arange(n) % 2, for_product, for_quotient) << 23
+    return from_bits(np.concatenate([a, c])), from_bits(np.concatenate([b, d]))
+
+
+@functools.cache
+def some(n=20_000):
+    """The grid and a sample of the others, for the slower tests."""
+    pick = RNG(3).integers
+    pairs = [[x[i] for x in v] for v in (directed(), random()) for i in [pick(0, len(v[0]), n)]]
+    return [np.concatenate(x) for x in zip(grid(), *pairs, strict=True)]
+
+
+@functools.cache
+def scaling():
+    """[1/4, 1) over 2^125, by either operation: all 2^23 significands in the two binades around 1/2."""
+    return np.arange(0x3E800000, 0x3F800000, dtype=np.uint32).view(np.float32)
+
+
+def on_the_cpu(op, a, b, ftz, daz):
+    """The operation with the CPU in that mode."""
+    *_, ftz_bit, daz_bit = fpnl._fpu_control()
+    if ftz != daz and ftz_bit == daz_bit:
+        pytest.skip("this CPU switches FTZ and DAZ only together")
+    with np.errstate(all="ignore"), fpnl._fpu_mode(ftz, daz):
+        return getattr(np, op)(a, b)
+
+
+def emulated(op, a, b, ftz, daz):
+    if ftz:
+        return getattr(fpnl, op)(a, b, daz=daz, tininess=CPU_TININESS)
+    with np.errstate(all="ignore"):
+        return getattr(np, op)(*map(fpnl.flush, (a, b))) if daz else getattr(np, op)(a, b)
+
+
+def naive(op, a, b):
+    """The mask that suggests itself."""
+    with np.errstate(all="ignore"):
+        r = getattr(np, op)(fpnl.flush(a), fpnl.flush(b))
+        return np.where(np.abs(r) < TINY, 0 * r, r)
+
+
+def softfloat(op, a, b, daz, tininess):
+    """Berkeley SoftFloat, flushing what is subnormal or raises the underflow flag."""
+    soft = pytest.importorskip("softfloatpy", reason="needs softfloatpy: pip install softfloatpy")
+    function = getattr(soft, {"add": "f32_add", "subtract": "f32_sub", "multiply": "f32_mul", "divide": "f32_div"}[op])
+    soft.set_tininess_mode(getattr(soft.TininessMode, f"{tininess.upper()}_ROUNDING"))
+    soft.set_rounding_mode(soft.RoundingMode.NEAR_EVEN)
+    none, underflow = soft.ExceptionFlag(0), soft.ExceptionFlag.UNDERFLOW
+
+    def operands(x):
+        x = x.view(np.uint32)
+        x = np.where((x & 0x7FFFFFFF) < 0x00800000, x & 0x80000000, x) if daz else x
+        return [soft.Float32.from_bytes(v.to_bytes(4, "big")) for v in x.tolist()]
+
+    found, flags = bytearray(), []
+    for x, y in zip(operands(a), operands(b), strict=True):
+        soft.set_exception_flags(none)
+        found += function(x, y).to_bytes()
+        flags.append(soft.test_exception_flags(underflow))
+    r = np.frombuffer(found, ">u4").astype(np.uint32)
+    tiny = np.array(flags) | ((r & 0x7FFFFFFF) < 0x00800000)
+    return from_bits(np.where(tiny, r & 0x80000000, r))
+
+
+# --- Flush-to-zero arithmetic: bits -------------------------------------------------------------------
+
+
+@needs_hardware
+@all_modes
+@all_ops
+@pytest.mark.parametrize("vectors", [grid, directed, random])
+def test_bits_of_the_cpu(vectors, op, ftz, daz):
+    """The claim: emulated and on the CPU, four operations, four settings of its flags."""
+    assert_same_bits(emulated(op, *vectors(), ftz, daz), on_the_cpu(op, *vectors(), ftz, daz))
+
+
+@needs_hardware
+@all_modes
+@pytest.mark.parametrize(("op", "exponent"), [("divide", 125), ("multiply", -125)])
+def test_scaling_of_every_significand_has_the_bits_of_the_cpu(op, exponent, ftz, daz):
+    """The network's own operation, exhaustively at the exponents that decide."""
+    x, scale = scaling(), np.float32(2.0**exponent)
+    found = emulated(op, x, scale, ftz, daz)
+    assert_same_bits(found, on_the_cpu(op, x, scale, ftz, daz))
+    if ftz:
+        np.testing.assert_array_equal(found != 0, x >= 0.5)
+
+
+@needs_hardware
+def test_the_naive_mask_fails():
+    """So these vectors can fail: flushing the rounded result is wrong where it rounded up to TINY."""
+    with np.errstate(all="ignore"):
+        a, b = (fpnl.flush(x).astype(np.float64) for x in directed())
+        product = np.abs(a * b)
+    hit = (product >= 2.0**-126 - 2.0**-150) & (product < 2.0**-126 - 2.0**-151)
+    wrong = {op: bits(naive(op, *directed())) != bits(on_the_cpu(op, *directed(), True, True)) for op in OPS}
+    assert hit.sum() >= 10_000
+    assert wrong["multiply"][hit].all()
+    assert not wrong["multiply"][~hit].any() or CPU_TININESS == "before"
+    assert wrong["divide"].any()
+    assert not wrong["add"].any()
+    assert not wrong["subtract"].any()
+    x = scaling()
+    wrong = bits(naive("divide", x, fpnl.SCALE)) != bits(on_the_cpu("divide", x, fpnl.SCALE, True, True))
+    assert x[wrong].tolist() == [0.5 - 2.0**-25]
+
+
+@pytest.mark.parametrize("tininess", ["after", "before"])
+@pytest.mark.parametrize("daz", [True, False])
+@all_ops
+@pytest.mark.parametrize("vectors", [directed, some])
+def test_bits_of_softfloat(vectors, op, daz, tininess):
+    """An independent implementation, and the proof for AArch64's rule."""
+    found = getattr(fpnl, op)(*vectors(), daz=daz, tininess=tininess)
+    assert_same_bits(found, softfloat(op, *vectors(), daz, tininess))
+
+
+SUB, LARGEST_SUB, T, NAN, INF, MINUS = 0x00000001, 0x007FFFFF, 0x00800000, 0x7FC00000, 0x7F800000, 0x80000000
+GOLDEN = [  # op, a, b, expected with DAZ ("after", "before"), without DAZ ("after", "before")
+    # (1 - 2^-24) TINY = TINY - 2^-150 has 24 bits, so it is tiny; IEEE rounds this tie to even, to TINY.
+    ("multiply", 0x3F7FFFFF, T, 0, 0, 0, 0),
+    # 55831 * 601 = 2^25 - 1, so the product is (2^25 - 1) 2^-151 = TINY - 2^-151: 25 bits, a tie that rounds to TINY.
+    ("multiply", *ldexp([55831 << 8, 601 << 14], [-149, -24]).view(np.uint32), T, 0, T, 0),
+    # The float32 below 1/2, over 2^125: TINY - 2^-150 again; 1/2 itself gives TINY.
+    ("divide", 0x3EFFFFFF, 0x7E000000, 0, 0, 0, 0),
+    ("multiply", 0x3EFFFFFF, 0x01000000, 0, 0, 0, 0),
+    ("divide", 0x3F000000, 0x7E000000, T, T, T, T),
+    ("divide", MINUS | 0x3EFFFFFF, 0x7E000000, *[MINUS] * 4),
+    # The sign is that of the true result: -1.5 TINY + TINY = -TINY/2; it is +0 only where the sum is exactly 0.
+    ("add", MINUS | 0x00C00000, T, *[MINUS] * 4),
+    ("subtract", 0x00C00000, 0x00C00000, 0, 0, 0, 0),
+    ("add", MINUS | SUB, MINUS | SUB, *[MINUS] * 4),
+    # TINY - 2^-149 + 2^-149: operands flushed, 0; operands read, TINY.
+    ("add", LARGEST_SUB, SUB, 0, 0, T, T),
+    ("add", T, MINUS | SUB, T, T, 0, 0),
+    # 2^-149 * 2^125 = 2^-24, unless it is read as 0.
+    ("multiply", SUB, 0x7E000000, 0, 0, 0x33800000, 0x33800000),
+    ("divide", SUB, SUB, NAN, NAN, 0x3F800000, 0x3F800000),
+    ("divide", SUB, 0, NAN, NAN, INF, INF),
+    ("divide", 0x3F800000, MINUS | LARGEST_SUB, *[MINUS | INF] * 2, *[0xFE800001] * 2),  # 2^126 (1 + 2^-23)
+    ("multiply", SUB, INF, NAN, NAN, INF, INF),
+    ("multiply", 0, MINUS | 0x3F800000, *[MINUS] * 4),
+]
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row[0]}-{row[1]:08x}-{row[2]:08x}")
+def test_golden_values(row):
+    """By hand, without another implementation."""
+    op, a, b, *expected = row
+    for (daz, tininess), value in zip(itertools.product((True, False), ("after", "before")), expected, strict=True):
+        assert_same_bits(
+            getattr(fpnl, op)(from_bits(a), from_bits(b), daz=daz, tininess=tininess), from_bits(value)[()]
+        )
+
+
+@pytest.mark.parametrize("tininess", ["after", "before"])
+@pytest.mark.parametrize("daz", [True, False])
+@all_ops
+def test_a_pair_alone_has_the_bits_it_has_among_others(op, daz, tininess):
+    """Which path is taken depends on the whole array, and must not show."""
+    function = functools.partial(getattr(fpnl, op), daz=daz, tininess=tininess)
+    a, b = (np.concatenate([x, y[::97]]) for x, y in zip(grid(), directed(), strict=True))
+    assert_same_bits(np.array([function(x, y) for x, y in zip(a, b, strict=True)]), function(a, b))
+
+
+@pytest.mark.parametrize("mode", [np.array, iter])
+def test_flush_touches_nothing_but_subnormals(mode):
+    """Raw bits, payloads of NaNs included; arrays and scalars."""
+    x = random()[0][: 1 << 20] if mode is np.array else grid()[0]
+    magnitude = x.view(np.uint32) & 0x7FFFFFFF
+    expected = np.where(magnitude < 0x00800000, x.view(np.uint32) & 0x80000000, x.view(np.uint32))
+    found = fpnl.flush(x) if mode is np.array else np.array([fpnl.flush(v) for v in x])
+    np.testing.assert_array_equal(found.view(np.uint32), expected)
+
+
+# --- Flush-to-zero arithmetic: the interface ------------------------------------------------------------
+
+
+@all_ops
+def test_scalars_empty_arrays_and_broadcasting(op):
+    """Shapes and types as NumPy's."""
+    function, plain = getattr(fpnl, op), getattr(np, op)
+    x = RNG(4).standard_normal((300, 1, 400), dtype=np.float32)  # over a chunk
+    y = RNG(5).standard_normal((3, 1), dtype=np.float32)
+    for a, b in [
+        (x, y),
+        (x.T, y),
+        (x[::-2, :, ::3], y[0, 0]),
+        (y[1], x),
+        (x[:0], y),
+        (y[:0], y[:0]),
+        (y[0, 0], y[1, 0]),
+    ]:
+        assert type(function(a, b)) is type(plain(a, b))
+        assert_same_bits(function(a, b), plain(a, b))
+    assert type(function(np.ones((), np.float32), np.ones((), np.float32))) is np.float32
+
+
+@all_ops
+@pytest.mark.parametrize("size", [1, 1000, 200_000])
+def test_out_may_be_or_overlap_an_operand(op, size):
+    """In place, and shifted by one: as if the operands had been copied."""
+    function = getattr(fpnl, op)
+    x, y = (v[-size - 1 :].copy() for v in directed())  # ends in sums; the paths with flushes write twice
+    x[size // 2 :], y[size // 2 :] = (v[: len(x) - size // 2] for v in directed())
+    lower, upper = slice(None, -1), slice(1, None)
+    for a, b, out in itertools.product([lower, upper], repeat=3):
+        for target in (0, 1):
+            buffers = x.copy(), y.copy()
+            expected = function(x[a], y[b])
+            result = buffers[target][out]
+            assert function(buffers[0][a], buffers[1][b], out=result) is result
+            assert_same_bits(result, expected)
+            assert_same_bits(buffers[1 - target], (x, y)[1 - target])
+    same = x.copy()
+    assert_same_bits(function(same, same, out=same), function(x, x))
+    flipped = x.copy()
+    assert_same_bits(function(flipped, flipped[::-1], out=flipped), function(x, x[::-1]))
+
+
+@all_ops
+def test_anything_but_float32_is_a_type_error(op):
+    """No silent conversion: a float64, or a Python number, would change the physics."""
+    function, good = getattr(fpnl, op), np.ones(3, np.float32)
+    for bad in (
+        1.0,
+        1,
+        None,
+        [1.0],
+        np.float64(1),
+        good.astype(np.float64),
+        good.astype(np.float16),
+        good.astype(">f4"),
+    ):
+        with pytest.raises(TypeError, match="expected float32"):
+            function(good, bad)
+        with pytest.raises(TypeError, match="expected float32"):
+            function(bad, good)
+        with pytest.raises(TypeError, match="expected float32"):
+            fpnl.flush(bad)
+    for bad in (good.astype(np.float64), np.float32(1)):  # a scalar cannot be written to
+        with pytest.raises(TypeError):
+            function(good, good, out=bad)
+
+
+@all_ops
+def test_wrong_values_are_value_errors(op):
+    function, good = getattr(fpnl, op), np.ones(3, np.float32)
+    with pytest.raises(ValueError, match='tininess: expected "after" or "before"'):
+        function(good, good, tininess="during")
+    with pytest.raises(ValueError, match="broadcast"):
+        function(good, good[:2])
+    with pytest.raises(ValueError, match="output"):
+        function(good, good, out=np.ones(1, np.float32))
+
+
+# --- Flush-to-zero arithmetic: the CPU's mode ----------------------------------------------------------
+
+HALF_TINY, HALF, TWO = (np.full(2, x, np.float32) for x in (2.0**-127, 0.5, 2))
+TINIES = np.full(2, TINY)
+
+
+def flags():
+    """FTZ and DAZ as this thread's arithmetic shows them: TINY / 2, and subnormal * 2."""
+    return tuple(not x.view(np.uint32).any() for x in (TINIES * HALF, HALF_TINY * TWO))
+
+
+def environment():
+    """This thread's floating-point environment, byte for byte."""
+    return bytes(fpnl._fpu_control()[0]())
+
+
+@needs_hardware
+@all_modes
+def test_the_cpu_enters_a_mode_and_returns(ftz, daz):
+    """From any mode into any other, an exception or none; exactly what was there comes back."""
+    start = environment()
+    with fpnl._fpu_mode(ftz, daz):
+        outer = environment()
+        assert flags() == (ftz, daz)
+        for inner in (True, False):
+            with fpnl.hardware_ftz(daz=inner):
+                assert flags() == (True, inner)
+            assert environment() == outer
+            with pytest.raises(ZeroDivisionError), fpnl.hardware_ftz(daz=inner):
+                with fpnl.hardware_ftz(daz=not inner):
+                    assert flags() == (True, not inner)
+                assert flags() == (True, inner)
+                raise ZeroDivisionError
+            assert environment() == outer
+        assert flags() == (ftz, daz)
+    assert environment() == start
+    assert flags() == (False, False)
+
+
+@needs_hardware
+def test_the_mode_as_a_decorator():
+    """Every call reads the environment anew."""
+    product = fpnl.hardware_ftz()(np.multiply.__call__)
+    start = environment()
+    for _ in range(2):
+        assert not product(TINIES, HALF).any()
+        assert environment() == start
+    with fpnl._fpu_mode(False, True):
+        assert not product(TINIES, HALF).any()
+        assert flags() == (False, True)
+    assert environment() == start
+
+
+@needs_hardware
+def test_other_threads_keep_their_mode():
+    """Threads that run already, in either direction, and those that start later."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(flags).result() == (False, False)
+        with fpnl.hardware_ftz():
+            assert pool.submit(flags).result() == (False, False)
+        context = fpnl.hardware_ftz()
+        pool.submit(context.__enter__).result()
+        assert (flags(), pool.submit(flags).result()) == ((False, False), (True, True))
+        pool.submit(context.__exit__, None, None, None).result()
+        assert pool.submit(flags).result() == (False, False)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(flags).result() == (False, False)
+
+
+@needs_hardware
+@all_modes
+@all_ops
+def test_emulation_on_a_cpu_that_flushes_already(op, ftz, daz):
+    """Another library may have switched this thread's flags on: the bits are the same."""
+    small = [x[::1009] for x in some()]
+    for function in [
+        functools.partial(getattr(fpnl, op), daz=d, tininess=t) for d in (True, False) for t in ("after", "before")
+    ]:
+        expected = function(*some()), function(some()[0], fpnl.SCALE), fpnl.flush(some()[0])
+        with fpnl._fpu_mode(ftz, daz):
+            found = function(*some()), function(some()[0], fpnl.SCALE), fpnl.flush(some()[0])
+            alone = [function(x, y) for x, y in zip(*small, strict=True)]
+        for x, y in zip(found, expected, strict=True):
+            assert_same_bits(x, y)
+        assert_same_bits(np.array(alone), expected[0][::1009])
+
+
+CHILD = """
+import ctypes, itertools, sys
+libm, env, mode = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 8)(), int(sys.argv[1], 16)
+libm.fegetenv(env)
+env[7] |= mode
+libm.fesetenv(env)
+import numpy as np, fpnl
+a, b = np.frombuffer(sys.stdin.buffer.read(), np.float32).reshape(2, -1)
+for op, daz, tininess in itertools.product(sys.argv[2:], (True, False), ("after", "before")):
+    sys.stdout.buffer.write(getattr(fpnl, op)(a, b, daz=daz, tininess=tininess).tobytes())
+libm.fegetenv(env)
+assert env[7] & mode == mode
+"""
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="sets the mode of Linux x86-64 by hand"
+)
+@pytest.mark.parametrize("mode", ["8000", "0040", "8040"])
+def test_emulation_when_numpy_is_imported_into_a_process_that_flushes(mode):
+    """FTZ, DAZ and both, set before NumPy and fpnl are imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, mode, *OPS], input=np.stack(some()).tobytes(), stdout=subprocess.PIPE, check=True
+    )
+    found = np.frombuffer(done.stdout, np.float32).reshape(-1, len(some()[0]))
+    cases = itertools.product(OPS, (True, False), ("after", "before"))
+    for row, (op, daz, tininess) in zip(found, cases, strict=True):
+        assert_same_bits(row, getattr(fpnl, op)(*some(), daz=daz, tininess=tininess))
+
+
+@pytest.fixture
+def forget_the_platform():
+    fpnl._fpu_control.cache_clear()
+    yield
+    fpnl._fpu_control.cache_clear()
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Plan9", "x86_64"), ("Linux", "riscv64"), ("", "")])
+def test_an_unknown_platform_is_a_runtime_error(forget_the_platform, monkeypatch, system, machine):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(RuntimeError, match=f"unknown platform {system} {machine}"), fpnl.hardware_ftz():
+        pytest.fail("inside")
+
+
+@needs_hardware
+def test_other_words_and_libraries_are_a_runtime_error(forget_the_platform, monkeypatch):
+    """A 32-bit process; a C library of another name; a CPU with one flag for both, asked for one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "sizeof", lambda _: 4)
+        with pytest.raises(RuntimeError, match="unknown platform"), fpnl.hardware_ftz():
+            pytest.fail("inside")
+    for key, (_, words, register, ftz_bit, _) in fpnl._FENV.items():
+        monkeypatch.setitem(fpnl._FENV, key, ("libnowhere.so", words, register, ftz_bit, ftz_bit))
+    with pytest.raises(RuntimeError, match="unknown platform"), fpnl.hardware_ftz():
+        pytest.fail("inside")
+    for key, row in fpnl._FENV.items():
+        monkeypatch.setitem(fpnl._FENV, key, ("libm.so.6" if key[0] == "Linux" else None, *row[1:]))
+    with pytest.raises(RuntimeError, match="only together"), fpnl.hardware_ftz(daz=False):
+        pytest.fail("inside")
+
+
+@pytest.mark.parametrize("compute", [emulated, pytest.param(on_the_cpu, marks=needs_hardware)])
+def test_the_posts_examples(compute):
+    """Addition is not associative under FTZ; multiplication not distributive under FTZ without DAZ."""
+
+    def ops(ftz, daz):
+        return [lambda x, y, op=op: compute(op, x, y, ftz, daz) for op in ("add", "multiply")]
+
+    # In multiples of 2^-149, TINY being 2^23: 2.5 TINY, -1.6 TINY and TINY are 20971520, -13421773 and 8388608.
+    a, b, c = (np.float32(x) * TINY for x in (2.5, -1.6, 1))
+    for ftz, daz, left, right in [
+        (False, False, 20971520 - 13421773 + 8388608, 20971520 - 13421773 + 8388608),
+        (True, True, 8388608, 20971520),  # 0.9 TINY is flushed; -0.6 TINY is flushed
+    ]:
+        add, _ = ops(ftz, daz)
+        assert_same_bits(add(add(a, b), c), ldexp(left, -149))
+        assert_same_bits(add(add(b, c), a), ldexp(right, -149))
+    # 0.4 TINY and 0.5 TINY are the subnormals 3355443 and 4194304 times 2^-149; 1 / TINY is 2^126.
+    a, b, c = from_bits(3355443)[()], from_bits(4194304)[()], 1 / TINY
+    for ftz, daz, left, right in [
+        (False, False, 3355443 + 4194304, 3355443 + 4194304),
+        (True, False, 0, 3355443 + 4194304),
+        (True, True, 0, 0),  # DAZ takes both operands for 0, on either side
+    ]:
+        if compute is on_the_cpu and ftz != daz and CPU_TININESS == "before":
+            continue  # AArch64 has no FTZ without DAZ
+        add, multiply = ops(ftz, daz)
+        assert_same_bits(multiply(add(a, b), c), ldexp(left, -23))
+        assert_same_bits(add(multiply(a, c), multiply(b, c)), ldexp(right, -23))
+
+
+# --- The network ------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def mnist():
     return data.load()
@@ -67,9 +579,6 @@ def trained(mnist):
             for a, da, (m, v) in zip(layer, g, state):
                 fpnl.adamw(a, da, m, v, step + 1, lr=1e-3)
     return params
-
-
-# --- The network ------------------------------------------------------------------------------------
 
 
 def example(sizes=(12, 10, 9, 5), n=6, seed=0):
@@ -566,10 +1075,14 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
         (["--lr", "-0.1"], "argument --lr: expected a finite number from 0, found -0.1"),
         (["--weight-decay", "x"], "argument --weight-decay: invalid float value: 'x'"),
         (["--workers", 0], "argument --workers: expected a finite number from 1, found 0"),
+        (["--log", "/"], "argument --log: expected a file in a folder to write to, found /"),
         (["--seed", -1], "argument --seed: expected a finite number from 0, found -1"),
         (["--flush", "maybe"], "argument --flush: invalid choice: 'maybe'"),
         (["--data", "/nowhere"], "/nowhere: expected a folder with the four files of MNIST, found none"),
-        (["--save", "/nowhere/w.npz"], "argument --save: expected a folder to write to, found /nowhere"),
+        (
+            ["--save", "/nowhere/w.npz"],
+            "argument --save: expected a file in a folder to write to, found /nowhere/w.npz",
+        ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
     ],
@@ -584,6 +1097,64 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, arguments, sa
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["backprop", "relu"])
+def test_the_controls_gradient_is_the_derivative(method, monkeypatch):
+    """Reverse mode against central differences, along a random direction of all the weights."""
+    import train
+
+    args = types.SimpleNamespace(method=method, flush="off")
+    monkeypatch.setattr(train, "job", types.SimpleNamespace(args=args))
+    params, x, labels = example((12, 10, 9, 5), n=30)
+    rng, grads = RNG(1), train.backprop(params, x, labels)
+    direction = [[rng.standard_normal(a.shape, dtype=np.float32) for a in layer] for layer in params]
+
+    def loss_at(t):
+        moved = [[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]
+        return float(fpnl.loss(train.outputs(moved, x)[-1], labels))
+
+    slope = sum(np.vdot(g, d) for layers in zip(grads, direction) for g, d in zip(*layers))
+    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+def test_backprop_is_blind_to_underflow(monkeypatch):
+    """With the flush on, the derivative of the network is taken for the linear one's: straight through."""
+    import train
+
+    params, x, labels = example((12, 10, 9, 5), n=30)
+    grads = []
+    for flush in ("emulated", "off"):
+        job = types.SimpleNamespace(args=types.SimpleNamespace(method="backprop", flush=flush))
+        monkeypatch.setattr(train, "job", job)
+        hs = train.outputs(params, x)
+        assert np.any(hs[0] == 0) == (flush == "emulated")
+        grads.append(train.backprop(params, x, labels))
+    p = np.exp(hs[-1]) / np.exp(hs[-1]).sum(axis=1, keepdims=True) - np.eye(5, dtype=np.float32)[labels]
+    np.testing.assert_allclose(grads[1][0][0], x.T @ (p / 30 @ params[2][0].T @ params[1][0].T), atol=1e-6)
+    assert not np.array_equal(grads[0][0][0], grads[1][0][0])
+
+
+def test_the_controls_train(slice_of_mnist):
+    """Softmax regression and the linear network learn the same; the ReLU network, from the same start, more."""
+    common = ["--data", slice_of_mnist, "--epochs", 2, "--batch", 100, "--weight-decay", 0, "--flush", "off"]
+    regression, linear, relu = (
+        result(run(*common, *options))[1]
+        for options in (["--method", "backprop", "--hidden"], ["--method", "backprop"], ["--method", "relu"])
+    )
+    assert 0.8 < regression < 0.9 and 0.84 < linear < 0.9
+    assert relu > linear + 0.02
+
+
+def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path):
+    done = run("--data", slice_of_mnist, *SHORT, "--reports", 2, "--log", tmp_path / "log.csv")
+    comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert comment.startswith("# python train.py --data ") and " --seed 3 " in comment and "NumPy" in comment
+    assert header == "epoch,seconds,loss,train,test,live1,live2,live3"
+    printed = [line.split() for line in done.stdout.splitlines()[2:-1]]
+    assert len(rows) == len(printed) == 3
+    for row, line in zip(rows, printed):
+        assert [float(v) for v in row.split(",")] == pytest.approx([float(v) for v in line[:8]], abs=0.051)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):

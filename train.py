@@ -20,7 +20,9 @@ import itertools
 import math
 import multiprocessing
 import pathlib
+import platform
 import signal
+import sys
 import tempfile
 import time
 import types
@@ -78,12 +80,44 @@ def gradient(step, s):
     start = step * args.batch % (len(job.order) // args.batch * args.batch)
     batch = job.order[start : start + args.batch]
     rows = batch[s * args.batch // slices : (s + 1) * args.batch // slices]
-    x, y = data.pixels(job.sets[0][rows]), job.sets[1][rows]
-    rng = np.random.default_rng((args.seed, 2, step, s))
-    grads = fpnl.es_gradient(as_params(job.weights, job.sizes), x, y, rng, args.sigma, args.block, ftz())
+    params, x, y = as_params(job.weights, job.sizes), data.pixels(job.sets[0][rows]), job.sets[1][rows]
+    if args.method == "es":
+        rng = np.random.default_rng((args.seed, 2, step, s))
+        grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz())
+    else:
+        grads = backprop(params, x, y)
     for to, values in zip(as_params(job.gradients[s], job.sizes), grads):
         for array, value in zip(to, values):
             np.multiply(value, np.float32(len(rows) / args.batch), out=array)
+
+
+def backprop(params, x, labels):
+    """The control: exact reverse mode of the linear network, blind to underflow. With the flush on, only
+    the forward pass knows of it (a straight-through derivative); with --method relu, of the ReLU network."""
+    hs = outputs(params, x)
+    delta = np.exp(hs[-1] - hs[-1].max(axis=1, keepdims=True))
+    delta /= delta.sum(axis=1, keepdims=True)
+    delta[np.arange(len(x)), labels] -= 1
+    grads = []
+    for (W, _), a, h in reversed([*zip(params, [x, *hs], hs)]):
+        if job.args.method == "relu" and grads:
+            delta *= h > 0
+        grads.append((a.T @ delta / np.float32(len(x)), delta.mean(axis=0)))
+        delta = delta @ W.T
+    return grads[::-1]
+
+
+def outputs(params, x):
+    """Outputs of every layer in units of 1/S, the logits last."""
+    if job.args.method == "es" or job.args.flush != "off":
+        return [h * fpnl.SCALE for h in fpnl.activations(params, x, ftz())]  # exact: nothing left to flush
+    hs = []
+    for W, b in params:
+        x = x @ W + b
+        if job.args.method == "relu" and len(hs) < len(params) - 1:
+            x = np.maximum(x, np.float32(0))
+        hs.append(x)
+    return hs
 
 
 def update(step, lr, part, parts):
@@ -100,19 +134,18 @@ def update(step, lr, part, parts):
 def evaluate(which, start):
     """Up to EVALUATED images of a set -> number, summed loss, number right, live units in each layer."""
     x, y = (a[start : start + EVALUATED] for a in job.sets[which : which + 2])
-    hs = fpnl.activations(as_params(job.weights, job.sizes), data.pixels(x), ftz())
-    logits = hs[-1] * fpnl.SCALE  # exact: nothing is left to flush
+    hs = outputs(as_params(job.weights, job.sizes), data.pixels(x))
     n = len(y)
-    return n, n * float(fpnl.loss(logits, y)), n * fpnl.accuracy(logits, y), *(n * float(np.mean(h != 0)) for h in hs)
+    return n, n * float(fpnl.loss(hs[-1], y)), n * fpnl.accuracy(hs[-1], y), *(n * float(np.mean(h != 0)) for h in hs)
 
 
 # --- The run -----------------------------------------------------------------------------------------
 
 
 def train(args):
-    """Everything that `python train.py` does, after its arguments were read."""
+    """One run as the arguments say -> (loss, accuracy, live units ...) on the training set and on the other."""
     sets, held_out = load(args)
-    sizes = (sets[0].shape[1], *fpnl.SIZES[1:])
+    sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
     slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
     shared = share(sizes, slices, len(sets[0]))
     join(args, sets, sizes, shared)
@@ -124,21 +157,21 @@ def train(args):
     steps = round(args.epochs * steps_per_epoch)
     reports = {round(i * steps / args.reports) for i in range(args.reports + 1)}
     print(
-        f"{'-'.join(map(str, sizes))} linear network, {job.weights.size:,} weights; {len(sets[0]):,} images, "
-        f"{steps:,} steps of {args.batch}; seed {args.seed}, flush {args.flush}, {args.workers} workers"
+        f"{'-'.join(map(str, sizes))} network, {job.weights.size:,} weights; {len(sets[0]):,} images, {steps:,} steps "
+        f"of {args.batch}; {args.method}, seed {args.seed}, flush {args.flush}, {args.workers} workers"
     )
     print(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
     began = time.perf_counter()
-    with workers(args, sets, sizes, shared) as run:
+    with workers(args, sets, sizes, shared) as run, open_log(args, held_out) as log:
         for step in range(steps + 1):
             if step in reports:
                 seconds = time.perf_counter() - began
                 trained, held = measure(run, 0), measure(run, 2)
-                left = seconds * (steps - step) / step if step else math.nan
-                row = f"{step / steps_per_epoch:6.2f} {seconds:8.1f} {trained[0]:8.4f} "
-                row += f"{trained[1]:7.4f} {held[1]:10.4f}  "
-                row += "".join(f" {share:.2f}" for share in trained[2:])
-                print(row + (f"{left:8.0f} s" if step else f"{'?':>10}"), flush=True)
+                row = step / steps_per_epoch, seconds, *trained[:2], held[1]
+                print("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row), end="")
+                print("".join(f" {share:.2f}" for share in trained[2:]), end="")
+                print(f"{seconds * (steps - step) / step:8.0f} s" if step else f"{'?':>10}", flush=True)
+                print(*(f"{value:.6g}" for value in row + tuple(trained[2:])), sep=",", file=log, flush=True)
                 if not math.isfinite(trained[0]):
                     raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
             if step == steps:
@@ -152,6 +185,19 @@ def train(args):
     if args.save:
         save(args.save, as_params(job.weights, sizes))
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {time.perf_counter() - began:.0f}")
+    return trained, held
+
+
+def open_log(args, held_out):
+    """--log FILE.csv: a comment with what it takes to repeat the run, a header, then a row a report."""
+    log = open(args.log or os.devnull, "w")
+    where = f"{platform.platform()}, {platform.processor() or platform.machine()}, {args.workers} workers"
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None)
+    print(f"# python train.py {options}; {versions}; {where}; {time.strftime('%Y-%m-%d')}", file=log)
+    live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
+    print(f"epoch,seconds,loss,train,{held_out},{live}", file=log, flush=True)
+    return log
 
 
 def load(args):
@@ -213,80 +259,93 @@ def save(path, params):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(message)
 
 
-def number(kind, low, high=math.inf, excluded=False):
-    """A type for argparse: a finite number from low (excluded or not) to high."""
+def fail(message):
+    print("train.py: error:", *str(message).split(), file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, low, excluded=False):
+    """A type for argparse: a finite number from low on, or above it."""
 
     def parse(text):
         value = kind(text)
-        if not (low < value if excluded else low <= value) or not value <= high or not math.isfinite(value):
-            bounds = f"{'above' if excluded else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"expected a finite number {bounds}, found {text}")
+        if not (value > low if excluded else value >= low) or not value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"expected a finite number {'above' if excluded else 'from'} {low}, found {text}"
+            )
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
 
+def new_file(text):
+    path = pathlib.Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder to write to, found {text}")
+    return path
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with four files in MNIST's format")
-    add(
-        "--validation",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="hold the last N training images out; leaves the test set alone",
-    )
-    add(
-        "--epochs",
-        type=number(float, 0),
-        default=40,
-        help="passes over the training images; fractions too, 0 evaluates",
-    )
-    add("--batch", type=number(int, 1), default=512, help="images a step")
-    add("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
-    add("--block", type=number(int, 1), default=8, help="units mutated together in the first layer")
-    add("--lr", type=number(float, 0), default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
-    add("--weight-decay", type=number(float, 0), default=1.0, help="AdamW's decoupled decay")
-    add("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
-    add(
-        "--flush",
-        choices=("emulated", "hardware", "off"),
-        default=fastest_flush(),
-        help="to zero: in NumPy or by the CPU, with the same bits; off: never",
-    )
-    add("--workers", type=number(int, 1), default=cores(), help="processes; does not change the result")
-    add("--reports", type=number(int, 1), default=20, help="rows of the table")
-    add("--save", type=pathlib.Path, metavar="FILE.npz", help="write the weights here")
-    args = parser.parse_args(argv)
-    if args.save and not (args.save.parent.is_dir() and os.access(args.save.parent, os.W_OK)):
-        parser.error(f"argument --save: expected a folder to write to, found {args.save.parent}")
-    return parser, args
+    count, size, positive = number(int, 1), number(float, 0), number(float, 0, excluded=True)
+    flush = "hardware" if has_hardware_ftz() else "emulated"
+    for name, default, options, text in (
+        ("data", data.MNIST, {"type": pathlib.Path, "metavar": "DIR"}, "folder with four files in MNIST's format"),
+        (
+            "validation",
+            0,
+            {"type": number(int, 0), "metavar": "N"},
+            "hold the last N training images out, not the test set",
+        ),
+        ("hidden", fpnl.SIZES[1:-1], {"type": count, "nargs": "*", "metavar": "N"}, "widths of the hidden layers"),
+        ("method", "es", {"choices": ("es", "backprop", "relu")}, "es, or a control by reverse mode (see backprop)"),
+        ("epochs", 28, {"type": size}, "passes over the training images; fractions too, 0 evaluates"),
+        ("batch", 512, {"type": count}, "images a step"),
+        ("sigma", 0.02, {"type": positive}, "size of a mutation of a unit's weights"),
+        ("block", 4, {"type": count}, "units mutated together where that is cheaper: in the first layer"),
+        ("lr", 1e-3, {"type": size}, "AdamW's learning rate, falling to zero as a cosine"),
+        ("weight-decay", 0.7, {"type": size}, "AdamW's decoupled decay"),
+        ("seed", 0, {"type": number(int, 0)}, "of the weights, the order of the images and the mutations"),
+        (
+            "flush",
+            flush,
+            {"choices": ("emulated", "hardware", "off")},
+            "to zero: in NumPy or by the CPU (same bits), or not",
+        ),
+        ("workers", cores(), {"type": count}, "processes; does not change the result"),
+        ("reports", 20, {"type": count}, "rows of the table"),
+        ("compare", None, {"type": pathlib.Path, "metavar": "DIR"}, "run the main job and all its controls into DIR"),
+        ("log", None, {"type": new_file, "metavar": "FILE.csv"}, "write a row a report here"),
+        ("save", None, {"type": new_file, "metavar": "FILE.npz"}, "write the weights here"),
+    ):
+        parser.add_argument(f"--{name}", default=default, help=text, **options)
+    return parser.parse_args(argv)
 
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fastest_flush():
+def has_hardware_ftz():
     try:
         with fpnl.hardware_ftz():
-            return "hardware"
+            return True
     except RuntimeError:
-        return "emulated"
-
-
-def main():
-    parser, args = parse_args()
-    try:
-        train(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(error)
+        return False
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        arguments = parse_args()
+        if arguments.compare:
+            from docs.compare import compare
+
+            compare(arguments)
+        else:
+            train(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)

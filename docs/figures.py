@@ -1,0 +1,99 @@
+"""The figures of the README, drawn from the logs of `python train.py --compare docs/runs`.
+
+python docs/figures.py        needs matplotlib: pip install '.[docs]'
+"""
+
+import pathlib
+import sys
+
+import matplotlib
+import numpy as np
+
+DOCS = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+import fpnl  # noqa: E402
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Okabe and Ito's colours, which a colour-blind reader can tell apart; line styles differ too.
+BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
+plt.rcParams.update({"figure.figsize": (7.2, 3.4), "font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"svg.hashsalt": "fpnl", "axes.spines.top": False, "axes.spines.right": False})
+RUNS = {
+    "relu": ("ReLU, backprop", GREEN, ":"),
+    "es": ("ES, flush-to-zero", BLUE, "-"),
+    "straight": ("flush, backprop straight through", BLACK, "-."),
+    "linear": ("linear, backprop", RED, "--"),
+    "es-off": ("ES, gradual underflow", ORANGE, (0, (1, 1))),
+}
+
+
+def transfer(axes):
+    """What (x * w + 0) / S really gives in float32, near 2^-126."""
+    z = np.linspace(-1.5, 1.5, 3001, dtype=np.float32)
+    one = [(np.ones((1, 1), np.float32), np.zeros(1, np.float32))]
+    for ftz, label, colour, style in ((False, "gradual underflow", ORANGE, "--"), (True, "flush to zero", BLUE, "-")):
+        h = fpnl.activations(one, z[:, None], ftz)[0][:, 0].astype(np.float64) * 2.0**126
+        axes.plot(z, h, style, color=colour, label=label, linewidth=1.8)
+    axes.set(
+        xlabel="z, in units of 1/S = 2$^{-125}$ after the scaling", ylabel="float32 result, in units of 2$^{-126}$"
+    )
+    axes.legend(frameon=False, loc="upper left")
+
+
+def learning(axes):
+    """Test error against seconds, all seeds."""
+    for name, (label, colour, style) in RUNS.items():
+        for i, path in enumerate(sorted((DOCS / "runs").glob(f"{name}-[0-9].csv"))):
+            log = read(path)
+            axes.plot(
+                log["seconds"], 100 - 100 * log["test"], linestyle=style, color=colour, label=None if i else label
+            )
+    axes.set(xlabel="seconds, 2 cores", ylabel="test error, percent", yscale="log", ylim=(1, 20))
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+
+
+def scale(axes):
+    """Accuracy of ES-trained weights when every scale of the network is moved."""
+    for i, path in enumerate(sorted((DOCS / "runs").glob("scale-[0-9].csv"))):
+        log = read(path)
+        for column, colour, style in (("train", ORANGE, "--"), ("test", BLUE, "-")):
+            axes.plot(log["log2S"], 100 * log[column], style, color=colour, label=None if i else column)
+    axes.axvline(125, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "trained here: 2$^{125}$", (125, 40), (105, 40), va="center", ha="right", arrowprops={"arrowstyle": "->"}
+    )
+    axes.set(xlabel="log$_2$ S", ylabel="accuracy, percent", ylim=(0, 102))
+    axes.legend(frameon=False, loc="lower left")
+
+
+def first_layer(figure):
+    """The 48 first-layer units with the largest weights, the frame of the image left out where it is empty."""
+    with np.load(DOCS / "runs" / "es-0.npz", allow_pickle=False) as file:
+        W = file["W1"]
+    largest = np.argsort(-np.square(W).sum(axis=0))[:48]
+    for i, unit in enumerate(largest):
+        axes = figure.add_subplot(4, 12, i + 1)
+        bound = np.abs(W[:, unit]).max()
+        axes.imshow(W[:, unit].reshape(28, 28), cmap="PuOr", vmin=-bound, vmax=bound)
+        axes.set_axis_off()
+
+
+def read(path):
+    return np.genfromtxt(path, delimiter=",", names=True, skip_header=1)
+
+
+def main():
+    for name, draw in {"transfer": transfer, "learning": learning, "scale": scale}.items():
+        figure, axes = plt.subplots(layout="constrained")
+        draw(axes)
+        figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+    figure = plt.figure(figsize=(7.2, 2.5), layout="constrained")
+    first_layer(figure)
+    figure.savefig(DOCS / "first-layer.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
