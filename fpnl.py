@@ -377,7 +377,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
 def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
     """Evolution-strategies estimate of the gradient of the loss, ready for descent.
 
-    The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
+    The same estimate as `es_gradient_plain`, up to rounding, thousands of times faster: what is
     upstream of a mutation is not recomputed, and downstream only the change is multiplied.
 
     Parameters

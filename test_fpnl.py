@@ -540,8 +540,11 @@ def test_the_posts_examples(compute):
     a, b, c = (np.float32(x) * TINY for x in (2.5, -1.6, 1))
     for ftz, daz, left, right in [
         (False, False, 20971520 - 13421773 + 8388608, 20971520 - 13421773 + 8388608),
-        (True, True, 8388608, 20971520),  # 0.9 TINY is flushed; -0.6 TINY is flushed
+        (True, False, 8388608, 20971520),  # 0.9 TINY is flushed; -0.6 TINY is flushed
+        (True, True, 8388608, 20971520),
     ]:
+        if compute is on_the_cpu and ftz != daz and CPU_TININESS == "before":
+            continue  # AArch64 has no FTZ without DAZ
         add, _ = ops(ftz, daz)
         assert_same_bits(add(add(a, b), c), ldexp(left, -149))
         assert_same_bits(add(add(b, c), a), ldexp(right, -149))
@@ -553,7 +556,7 @@ def test_the_posts_examples(compute):
         (True, True, 0, 0),  # DAZ takes both operands for 0, on either side
     ]:
         if compute is on_the_cpu and ftz != daz and CPU_TININESS == "before":
-            continue  # AArch64 has no FTZ without DAZ
+            continue
         add, multiply = ops(ftz, daz)
         assert_same_bits(multiply(add(a, b), c), ldexp(left, -23))
         assert_same_bits(add(multiply(a, c), multiply(b, c)), ldexp(right, -23))
@@ -736,6 +739,18 @@ def test_fast_members_are_literally_mutated_networks(sizes, block, ftz, monkeypa
         fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, ftz)
         for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+def test_fast_members_of_the_real_network(mnist):
+    """784-512-512-10, one image, 1,172 literally mutated networks. Where a sum is at the threshold but for its
+    rounding, a unit lives in one of the two and not in the other: that may move the estimate of a few units."""
+    params, x, labels = fpnl.init(RNG(0)), data.pixels(mnist[2][:1]), mnist[3][:1]
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(1))
+    fast = fpnl.es_gradient(params, x, labels, RNG(1))
+    for (dW, _), (dW_fast, _) in zip(plain, fast):
+        assert dW.any()
+        same = np.all(np.abs(dW - dW_fast) <= 1e-4 * np.abs(dW).max(), axis=0)
+        assert same.mean() > 0.95
 
 
 def test_live_later_biases_count():
