@@ -1114,14 +1114,15 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, arguments, sa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("method", ["backprop", "relu"])
+@pytest.mark.parametrize("method", ["backprop", "relu", "deadzone"])
 def test_the_controls_gradient_is_the_derivative(method, monkeypatch):
-    """Reverse mode against central differences, along a random direction of all the weights."""
+    """Reverse mode against central differences, along a random direction of all the weights; within the
+    dead zones, where the network is differentiable, the step is too small for a unit to cross a threshold."""
     import train
 
-    args = types.SimpleNamespace(method=method, flush="off")
+    args = types.SimpleNamespace(method=method, flush="emulated" if method == "deadzone" else "off")
     monkeypatch.setattr(train, "job", types.SimpleNamespace(args=args))
-    params, x, labels = example((12, 10, 9, 5), n=30)
+    params, x, labels = example((12, 10, 9, 5), n=2)
     rng, grads = RNG(1), train.backprop(params, x, labels)
     direction = [[rng.standard_normal(a.shape, dtype=np.float32) for a in layer] for layer in params]
 
@@ -1159,6 +1160,26 @@ def test_the_controls_train(slice_of_mnist):
     )
     assert 0.8 < regression < 0.9 and 0.84 < linear < 0.9
     assert relu > linear + 0.02
+
+
+@needs_hardware
+def test_compare_prints_every_row_and_keeps_its_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
+    import train
+    from docs import compare
+
+    shortened = {name: (row, f"{options} --epochs 0.05 --reports 1") for name, (row, options) in compare.RUNS.items()}
+    monkeypatch.setattr(compare, "RUNS", shortened)
+    monkeypatch.setattr(compare, "SEEDS", 2)
+    monkeypatch.setattr(compare, "EXPONENTS", (0, 125))
+    compare.compare(train.parse_args(["--data", str(slice_of_mnist), "--compare", str(tmp_path / "runs")]))
+    printed = capsys.readouterr().out
+    assert printed.count("test logits that differ between the emulation and the CPU's own flags: 0 of 50000") == 2
+    rows = printed[printed.index("accuracy in percent") :].splitlines()[1:]
+    assert len(rows) == len(compare.RUNS) + 3
+    assert all(re.search(r"\d+\.\d\d ± +\d+\.\d\d +\d+\.\d\d ± +\d+\.\d\d", row) for row in rows)
+    files = {path.name for path in (tmp_path / "runs").iterdir()}
+    ends = [f"-{seed}.{end}" for seed in (0, 1) for end in ("csv", "npz")]
+    assert files == {name + end for name in shortened for end in ends} | {"scale-0.csv", "scale-1.csv"}
 
 
 def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path):

@@ -92,17 +92,20 @@ def gradient(step, s):
 
 
 def backprop(params, x, labels):
-    """The control: exact reverse mode of the linear network, blind to underflow. With the flush on, only
-    the forward pass knows of it (a straight-through derivative); with --method relu, of the ReLU network."""
+    """The controls, by reverse mode. "backprop" takes the network for linear: every derivative is 1, blind to
+    underflow, whether the forward pass flushes or not. "deadzone" and "relu" know theirs: 0 where a unit is dead."""
     hs = outputs(params, x)
     delta = np.exp(hs[-1] - hs[-1].max(axis=1, keepdims=True))
     delta /= delta.sum(axis=1, keepdims=True)
     delta[np.arange(len(x)), labels] -= 1
     grads = []
-    for (W, _), a, h in reversed([*zip(params, [x, *hs], hs)]):
-        if job.args.method == "relu" and grads:
-            delta *= h > 0
-        grads.append((a.T @ delta / np.float32(len(x)), delta.mean(axis=0)))
+    for (W, b), a, h in reversed([*zip(params, [x, *hs], hs)]):
+        if job.args.method == "deadzone" or (job.args.method == "relu" and grads):  # no ReLU on the logits
+            delta *= h != 0
+        db = delta.mean(axis=0)
+        if job.args.method == "deadzone" and a is not x:  # the later biases are flushed before they are added
+            db *= np.abs(b) >= 0.5
+        grads.append((a.T @ delta / np.float32(len(x)), db))
         delta = delta @ W.T
     return grads[::-1]
 
@@ -302,7 +305,12 @@ def parse_args(argv=None):
             "hold the last N training images out, not the test set",
         ),
         ("hidden", fpnl.SIZES[1:-1], {"type": count, "nargs": "*", "metavar": "N"}, "widths of the hidden layers"),
-        ("method", "es", {"choices": ("es", "backprop", "relu")}, "es, or a control by reverse mode (see backprop)"),
+        (
+            "method",
+            "es",
+            {"choices": ("es", "backprop", "deadzone", "relu")},
+            "es, or a control by reverse mode (see backprop)",
+        ),
         ("epochs", 28, {"type": size}, "passes over the training images; fractions too, 0 evaluates"),
         ("batch", 512, {"type": count}, "images a step"),
         ("sigma", 0.02, {"type": positive}, "size of a mutation of a unit's weights"),

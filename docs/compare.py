@@ -15,16 +15,30 @@ import fpnl
 import train
 
 SEEDS = 3
+EXPONENTS = range(128)  # of the scales that the trained weights are evaluated with
 RUNS = {  # name of the log: row of the table, its options
     "es": ("ES, flush-to-zero", ""),
     "es-off": ("ES, gradual underflow", "--flush off"),
-    "linear": ("backprop, linear network", "--method backprop --flush off --epochs 20 --lr 1e-3 --weight-decay 0.1"),
+    "linear": (
+        "backprop, linear network",
+        "--method backprop --flush off --epochs 8 --batch 256 --lr 1e-3 --weight-decay 0.1",
+    ),
     "logistic": (
         "logistic regression",
-        "--method backprop --flush off --hidden --epochs 40 --lr 1e-3 --weight-decay 0",
+        "--method backprop --flush off --hidden --epochs 10 --batch 256 --lr 1e-3 --weight-decay 0",
     ),
-    "straight": ("backprop, straight through the flush", "--method backprop --epochs 40 --lr 1e-3 --weight-decay 0.3"),
-    "relu": ("backprop, ReLU network", "--method relu --flush off --epochs 40 --lr 1e-3 --weight-decay 0.3"),
+    "straight": (
+        "backprop through the flush, blind to it",
+        "--method backprop --epochs 20 --batch 256 --lr 1e-3 --weight-decay 0.1",
+    ),
+    "deadzone": (
+        "backprop that knows the dead zone",
+        "--method deadzone --epochs 20 --batch 256 --lr 1e-3 --weight-decay 0.3",
+    ),
+    "relu": (
+        "backprop, ReLU network",
+        "--method relu --flush off --epochs 20 --batch 256 --lr 1e-3 --weight-decay 0.1",
+    ),
 }
 POST = {"es": "> 99 / 96.7", "linear": "94 / 92"}
 
@@ -53,10 +67,10 @@ def compare(args):
         different = np.sum(both[0].view(np.uint32) != both[1].view(np.uint32))
         print(f"\ntest logits that differ between the emulation and the CPU's own flags: {different} of {both[0].size}")
         with open(args.compare / f"scale-{seed}.csv", "w") as log:
-            print(f"# es-{seed}.npz evaluated with every scale at S", "log2S,train,test", sep="\n", file=log)
-            for exponent in range(128):
-                score = [fpnl.accuracy(logits(at_scale(params, exponent), sets[i]), sets[i + 1]) for i in (0, 2)]
-                print(exponent, *score, sep=",", file=log)
+            print(f"# es-{seed}.npz evaluated with every scale at S", "log2S,test", sep="\n", file=log)
+            for exponent in EXPONENTS:
+                network = functools.partial(fpnl.forward, params, scale=np.float32(2.0**exponent))
+                print(exponent, fpnl.accuracy(logits(network, sets[2]), sets[3]), sep=",", file=log)
     print(f"\n{'accuracy in percent, ' + str(SEEDS) + ' seeds':44} {'train':>14} {'test':>14}   the post")
     for row, scores in table.items():
         columns = [[100 * score for score in column] for column in zip(*scores)]
@@ -73,10 +87,6 @@ def other_arithmetic(params):
         "flattened to one matrix": lambda x: x @ W + b,
         "the CPU's own flush": lambda x: fpnl.forward(params, x, ftz="hardware"),
     }
-
-
-def at_scale(params, exponent):
-    return lambda x: fpnl.forward(params, x, scale=np.float32(2.0**exponent))
 
 
 def logits(network, x):

@@ -23,7 +23,7 @@ plt.rcParams.update({"svg.hashsalt": "fpnl", "axes.spines.top": False, "axes.spi
 RUNS = {
     "relu": ("ReLU, backprop", GREEN, ":"),
     "es": ("ES, flush-to-zero", BLUE, "-"),
-    "straight": ("flush, backprop straight through", BLACK, "-."),
+    "deadzone": ("dead zone, backprop", BLACK, "-."),
     "linear": ("linear, backprop", RED, "--"),
     "es-off": ("ES, gradual underflow", ORANGE, (0, (1, 1))),
 }
@@ -59,8 +59,8 @@ def scale(axes):
     """Accuracy of ES-trained weights when every scale of the network is moved."""
     for i, path in enumerate(sorted((DOCS / "runs").glob("scale-[0-9].csv"))):
         log = read(path)
-        for column, colour, style in (("train", ORANGE, "--"), ("test", BLUE, "-")):
-            axes.plot(log["log2S"], 100 * log[column], style, color=colour, label=None if i else column)
+        label = None if i else "flush to zero, test set"
+        axes.plot(log["log2S"], 100 * log["test"], color=BLUE, label=label)
     axes.axvline(125, color=BLACK, linewidth=0.8, linestyle=":")
     axes.annotate(
         "trained here: 2$^{125}$", (125, 40), (105, 40), va="center", ha="right", arrowprops={"arrowstyle": "->"}
