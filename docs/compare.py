@@ -21,7 +21,7 @@ RUNS = {  # name of the log: row of the table, its options
     "es-off": ("ES, gradual underflow", "--flush off"),
     "linear": (
         "backprop, linear network",
-        "--method backprop --flush off --epochs 8 --batch 256 --lr 1e-3 --weight-decay 0.1",
+        "--method backprop --flush off --epochs 8 --batch 256 --lr 1e-3 --weight-decay 0",
     ),
     "logistic": (
         "logistic regression",
