@@ -259,6 +259,7 @@ GOLDEN = [  # op, a, b, expected with DAZ ("after", "before"), without DAZ ("aft
     # TINY - 2^-149 + 2^-149: operands flushed, 0; operands read, TINY.
     ("add", LARGEST_SUB, SUB, 0, 0, T, T),
     ("add", T, MINUS | SUB, T, T, 0, 0),
+    ("subtract", T, SUB, T, T, 0, 0),
     # 2^-149 * 2^125 = 2^-24, unless it is read as 0.
     ("multiply", SUB, 0x7E000000, 0, 0, 0x33800000, 0x33800000),
     ("divide", SUB, SUB, NAN, NAN, 0x3F800000, 0x3F800000),
@@ -273,6 +274,7 @@ GOLDEN = [  # op, a, b, expected with DAZ ("after", "before"), without DAZ ("aft
 def test_golden_values(row):
     """By hand, without another implementation."""
     op, a, b, *expected = row
+    assert_same_bits(getattr(fpnl, op)(from_bits(a), from_bits(b)), from_bits(expected[0])[()])  # the defaults
     for (daz, tininess), value in zip(itertools.product((True, False), ("after", "before")), expected, strict=True):
         assert_same_bits(
             getattr(fpnl, op)(from_bits(a), from_bits(b), daz=daz, tininess=tininess), from_bits(value)[()]
@@ -282,11 +284,13 @@ def test_golden_values(row):
 @pytest.mark.parametrize("tininess", ["after", "before"])
 @pytest.mark.parametrize("daz", [True, False])
 @all_ops
-def test_a_pair_alone_has_the_bits_it_has_among_others(op, daz, tininess):
-    """Which path is taken depends on the whole array, and must not show."""
+def test_bits_do_not_depend_on_the_neighbours(op, daz, tininess):
+    """Which path is taken depends on the whole chunk, and must not show: pairs alone, and by threes."""
     function = functools.partial(getattr(fpnl, op), daz=daz, tininess=tininess)
-    a, b = (np.concatenate([x, y[::97]]) for x, y in zip(grid(), directed(), strict=True))
-    assert_same_bits(np.array([function(x, y) for x, y in zip(a, b, strict=True)]), function(a, b))
+    for (a, b), n in [(grid(), 1), (directed(), 1), (directed(), 3)]:
+        pick = RNG(n).permutation(a.size)[: n * grid()[0].size]
+        a, b = a[pick].reshape(-1, n), b[pick].reshape(-1, n)
+        assert_same_bits(np.array([function(x, y) for x, y in zip(a, b, strict=True)]), function(a, b))
 
 
 @pytest.mark.parametrize("mode", [np.array, iter])
