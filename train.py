@@ -357,3 +357,5 @@ if __name__ == "__main__":
             train(arguments)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
