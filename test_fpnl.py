@@ -983,14 +983,17 @@ def result(done):
     return float(found[1]), float(found[3])
 
 
-@pytest.fixture(scope="session")
-def slice_of_mnist(mnist, tmp_path_factory):
-    """10,000 training and 5,000 test images, as files."""
-    folder = tmp_path_factory.mktemp("slice")
-    for part, x, y in (("train", mnist[0][:10000], mnist[1][:10000]), ("t10k", mnist[2][:5000], mnist[3][:5000])):
+def write_slice(mnist, folder, train, test):
+    for part, x, y in (("train", mnist[0][:train], mnist[1][:train]), ("t10k", mnist[2][:test], mnist[3][:test])):
         (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(x.reshape(-1, 28, 28)))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y))
     return folder
+
+
+@pytest.fixture(scope="session")
+def slice_of_mnist(mnist, tmp_path_factory):
+    """10,000 training and 5,000 test images, as files."""
+    return write_slice(mnist, tmp_path_factory.mktemp("slice"), 10000, 5000)
 
 
 def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
@@ -1167,17 +1170,18 @@ def test_the_controls_train(slice_of_mnist):
 
 
 @needs_hardware
-def test_compare_prints_every_row_and_keeps_its_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
+def test_compare_prints_every_row_and_keeps_its_runs(mnist, tmp_path, monkeypatch, capsys):
     import train
     from docs import compare
 
-    shortened = {name: (row, f"{options} --epochs 0.05 --reports 1") for name, (row, options) in compare.RUNS.items()}
+    shortened = {name: (row, f"{options} --epochs 1 --reports 1") for name, (row, options) in compare.RUNS.items()}
     monkeypatch.setattr(compare, "RUNS", shortened)
     monkeypatch.setattr(compare, "SEEDS", 2)
     monkeypatch.setattr(compare, "EXPONENTS", (0, 125))
-    compare.compare(train.parse_args(["--data", str(slice_of_mnist), "--compare", str(tmp_path / "runs")]))
+    folder = write_slice(mnist, tmp_path, 1000, 500)
+    compare.compare(train.parse_args(["--data", str(folder), "--compare", str(tmp_path / "runs")]))
     printed = capsys.readouterr().out
-    assert printed.count("test logits that differ between the emulation and the CPU's own flags: 0 of 50000") == 2
+    assert printed.count("test logits that differ between the emulation and the CPU's own flags: 0 of 5000") == 2
     rows = printed[printed.index("accuracy in percent") :].splitlines()[1:]
     assert len(rows) == len(compare.RUNS) + 3
     assert all(re.search(r"\d+\.\d\d ± +\d+\.\d\d +\d+\.\d\d ± +\d+\.\d\d", row) for row in rows)
