@@ -112,7 +112,7 @@ def backprop(params, x, labels):
 
 def outputs(params, x):
     """Outputs of every layer in units of 1/S, the logits last."""
-    if job.args.method == "es" or job.args.flush != "off":
+    if job.args.method != "relu" and (job.args.method == "es" or job.args.flush != "off"):
         return [h * fpnl.SCALE for h in fpnl.activations(params, x, ftz())]  # exact: nothing left to flush
     hs = []
     for W, b in params:
@@ -196,8 +196,12 @@ def open_log(args, held_out):
     log = open(args.log or os.devnull, "w")
     where = f"{platform.platform()}, {platform.processor() or platform.machine()}, {args.workers} workers"
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None)
-    print(f"# python train.py {options}; {versions}; {where}; {time.strftime('%Y-%m-%d')}", file=log)
+    options = [
+        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'hidden' else value}"
+        for name, value in vars(args).items()
+        if value is not None
+    ]
+    print("# python train.py", *options, file=log, end=f"; {versions}; {where}; {time.strftime('%Y-%m-%d')}\n")
     live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
     print(f"epoch,seconds,loss,train,{held_out},{live}", file=log, flush=True)
     return log
