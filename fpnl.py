@@ -527,3 +527,40 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
     v += float32(1 - beta2) * (g * g - v)
     denominator = np.sqrt(v / float32(1 - beta2**step)) + float32(eps)
     p -= float32(lr) * (m / float32(1 - beta1**step) / denominator + float32(weight_decay) * p)
+
+
+def _main():
+    """`python -m fpnl`: what this machine does near 2^-126, emulated and on the CPU."""
+    modes = {"gradual underflow": (False, False), "FTZ": (True, False), "FTZ and DAZ": (True, True)}
+    print(f"The post's examples near TINY = 2^-126; {platform.system()} {platform.machine()}, NumPy {np.__version__}\n")
+    print(f"{'':42}" + "".join(f"{mode:>24}" for mode in modes))
+    print(f"{'':42}" + f"{'emulated':>14}{'CPU':>10}" * len(modes))
+    for text, example in _EXAMPLES.items():
+        line = f"{text:42}"
+        for ftz, daz in modes.values():
+            ops = [functools.partial(op, daz=daz) for op in (add, multiply)] if ftz else (np.add, np.multiply)
+            line += f"{_in_units(text, example(*ops)):>14}"
+            try:
+                with _fpu_mode(ftz, daz):
+                    value = example(np.add, np.multiply)
+                line += f"{_in_units(text, value):>10}"
+            except RuntimeError:
+                line += f"{'unknown':>10}"
+        print(line)
+
+
+_T = [float32(k * 2.0**-126) for k in (2.5, -1.6, 1, 0.4, 0.5)]  # in float64 first: a CPU in FTZ mode would flush
+_EXAMPLES = {
+    "(2.5 TINY + -1.6 TINY) + TINY": lambda add, mul: add(add(_T[0], _T[1]), _T[2]),
+    "(-1.6 TINY + TINY) + 2.5 TINY": lambda add, mul: add(add(_T[1], _T[2]), _T[0]),
+    "(0.4 TINY + 0.5 TINY) * 1/TINY": lambda add, mul: mul(add(_T[3], _T[4]), 1 / TINY),
+    "0.4 TINY * 1/TINY + 0.5 TINY * 1/TINY": lambda add, mul: add(mul(_T[3], 1 / TINY), mul(_T[4], 1 / TINY)),
+}
+
+
+def _in_units(text, value):
+    return f"{float(value):.4g}" if "*" in text else f"{float(value) * 2.0**126:.4g} TINY"
+
+
+if __name__ == "__main__":
+    _main()

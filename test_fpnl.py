@@ -1,18 +1,23 @@
 """The tests: `python -m pytest`. Bits are compared as uint32, NaNs by class; no test asserts a time."""
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import gzip
 import hashlib
 import itertools
+import os
 import pathlib
 import platform
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -1183,7 +1188,7 @@ def test_compare_prints_every_row_and_keeps_its_runs(mnist, tmp_path, monkeypatc
     monkeypatch.setattr(compare, "SEEDS", 2)
     monkeypatch.setattr(compare, "EXPONENTS", (0, 125))
     folder = write_slice(mnist, tmp_path, 1000, 500)
-    compare.compare(train.parse_args(["--data", str(folder), "--compare", str(tmp_path / "runs")]))
+    compare.compare(train.parse_args(["--data", str(folder), "--workers", "1", "--compare", str(tmp_path / "runs")]))
     printed = capsys.readouterr().out
     assert printed.count("test logits that differ between the emulation and the CPU's own flags: 0 of 5000") == 2
     rows = printed[printed.index("accuracy in percent") :].splitlines()[1:]
@@ -1210,3 +1215,257 @@ def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):
     done = run("--data", slice_of_mnist, "--lr", 1e38, "--epochs", 1, "--save", tmp_path / "w.npz", check=False)
     assert done.returncode == 2 and "the loss is" in done.stderr and "try a smaller --lr" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- Long runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with a tiny set, and the options of a run of some 600 quick steps on it."""
+    write_set(tmp_path / "set", train=300)
+    return ["--data", tmp_path / "set", *"--hidden 24 24 --batch 10 --epochs 20 --reports 60 --seed 2".split()]
+
+
+def assert_same_run(found, expected):
+    a, b = saved(found), saved(expected)
+    assert a.keys() == b.keys() and a["step"] == b["step"]
+    for key in (key for key in a if a[key].dtype == np.float32):
+        assert_same_bits(a[key], b[key])
+
+
+def start(*arguments):
+    command = [sys.executable, "-u", "train.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_kill_9_at_any_moment_and_resume(small, tmp_path):
+    """20 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
+    run(*small, "--save", tmp_path / "whole.npz")
+    rng, path = RNG(0), tmp_path / "w.npz"
+    steps = [0]
+    for i in range(20):
+        goes_on = ["--resume", path] if path.exists() else []
+        child = start(*small, *goes_on, "--save", path, "--workers", 1 + i % 2)
+        for _ in range(rng.integers(2, 6)):
+            child.stdout.readline()
+        time.sleep(0.02 * rng.random())
+        child.kill()
+        child.communicate()
+        steps.append(int(saved(path)["step"]) if path.exists() else 0)
+    assert steps == sorted(steps) and len(set(steps)) > 5
+    run(*small, "--resume", path, "--save", path)
+    assert_same_run(path, tmp_path / "whole.npz")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_keeps_the_last_step(small, tmp_path, workers):
+    path = tmp_path / "w.npz"
+    child = start(*small, "--epochs", 2000, "--workers", workers, "--save", path)
+    for _ in range(3):
+        child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    step = int(saved(path)["step"])
+    assert errors == f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n"
+
+
+def test_a_dead_worker_ends_the_run_and_the_last_report_is_kept(small, tmp_path):
+    path = tmp_path / "w.npz"
+    child = start(*small, "--epochs", 2000, "--workers", 2, "--save", path)
+    for _ in range(4):
+        child.stdout.readline()
+    workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 2
+    says = f"a worker process was killed, perhaps for want of memory; go on with --resume {path}"
+    assert errors == f"train.py: error: {says}\n" and int(saved(path)["step"]) >= 0
+
+
+def test_resume_refuses_other_settings_by_name(small, tmp_path):
+    path = tmp_path / "w.npz"
+    run(*small, "--epochs", 1, "--save", path)
+    for options, says in (
+        (["--lr", 0.5], "--lr: expected 0.001 as in"),
+        (["--weight-decay", 0], "--weight-decay: expected 0.7 as in"),
+        (["--hidden", 24], "--hidden: expected [24, 24] as in"),
+        (["--flush", "off"], "--flush: expected on as in"),
+        (["--data", data.MNIST], "--data: expected "),
+    ):
+        done = run("--data", small[1], "--resume", path, *options, check=False)
+        assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {says}"), done.stderr
+        assert done.stderr.count("\n") == 1
+    assert "result: " in run("--data", small[1], "--resume", path, "--workers", 1, "--flush", "emulated").stdout
+
+
+def run_limited(name, limit, *arguments):
+    resource = pytest.importorskip("resource", reason="POSIX limits")
+    return subprocess.run(
+        [sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(getattr(resource, name), (limit, limit)),
+    )
+
+
+def test_a_full_disk_loses_nothing(small, tmp_path):
+    """No file may grow beyond 8 KB: the run ends, the older file stays, nothing half-written is left."""
+    path = tmp_path / "w.npz"
+    run(*small, "--epochs", 1, "--save", path)
+    before = path.read_bytes(), sorted(tmp_path.iterdir())
+    done = run_limited("RLIMIT_FSIZE", 8192, *small, "--save", path)
+    assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    folder = tmp_path / "fixed"
+    folder.mkdir(mode=0o555)
+    if os.geteuid() == 0:  # whom no mode stops
+        folder = "/proc"
+    done = run("--save", f"{folder}/w.npz", check=False)
+    expected = f"train.py: error: argument --save: expected a file in a folder to write to, found {folder}/w.npz\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, expected, "")
+
+
+def test_the_live_line_never_garbles_the_reports(small):
+    """On a terminal: with the live line taken out, what is left is what a pipe shows."""
+    pty = pytest.importorskip("pty", reason="POSIX terminals")
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, "train.py", *map(str, small)], cwd=ROOT, stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    assert child.wait() == 0
+    os.close(ours)
+    text = shown.decode().replace("\r\n", "\n")
+    live = re.findall("\r(step [^\r\n]*)\x1b\\[K", text)
+    assert live and re.fullmatch(r"step \d+, epoch [\d.]+, loss [\d.]+, \d+ images/s, +\d+ s left", live[0])
+    rows = re.sub("\r[^\r\n]*\x1b\\[K", "", text).splitlines()
+    piped = run(*small).stdout.splitlines()
+    assert "\r" not in "".join(piped)
+    timeless = [[re.sub(r" +\d+\.\d |seconds \d+$| +(\d+ s|\?)$", "", row) for row in lines] for lines in (rows, piped)]
+    assert timeless[0] == timeless[1]
+
+
+def test_quiet(small):
+    assert len(run(*small, "--epochs", 1, "--quiet").stdout.splitlines()) == 1
+
+
+def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
+    arrays = {f"{name}{i}": a for i, layer in enumerate(trained, 1) for name, a in zip("Wb", layer)}
+    np.savez(tmp_path / "w.npz", **arrays)
+    _, _, x, y = data.load(slice_of_mnist)
+    expected = fpnl.forward(trained, data.pixels(x)).argmax(axis=1)
+    done = run("--data", slice_of_mnist, "--evaluate", tmp_path / "w.npz")
+    *table, last = done.stdout.splitlines()
+    assert last == f"result: test {np.mean(expected == y):.4f}"
+    for label, row in enumerate(table[1:]):
+        cells = row.split()
+        assert [int(c) for c in cells[1:-1]] == [np.sum((y == label) & (expected == other)) for other in range(10)]
+        assert cells[-1] == f"{np.mean(expected[y == label] == label):.4f}"
+    images = slice_of_mnist / "t10k-images-idx3-ubyte"
+    assert [int(v) for v in run("--evaluate", tmp_path / "w.npz", "--predict", images).stdout.split()] == [*expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"W2": None}, "expected a run saved by --save, found weights alone"),
+        ({"W1": None}, "expected W1, b1, ..., found b1"),
+        ({"W1": np.zeros((20, 24))}, "expected float32 W1 [20, width] and b1 [width], found W1 float64 (20, 24)"),
+        (
+            {"W2": np.zeros((23, 24), np.float32)},
+            "expected float32 W2 [24, width] and b2 [width], found W2 float32 (23, 24)",
+        ),
+        ({"b3": None}, "expected float32 W3 [24, width] and b3 [width], found W3 float32 (24, 10), b3 float64 (0,)"),
+        ({"b3": np.full(10, np.nan, np.float32)}, "expected finite weights, found others in layer 3"),
+        ({"W1": np.array([{}], object)}, "expected weights as --save writes them, found a damaged or other file"),
+        ({"moments": np.zeros(3, np.float32)}, "expected finite float32 moments (2, "),
+        ({"settings": "{"}, "expected a run saved by --save, found weights alone"),
+        (b"PK\3\4 and no more", "expected weights as --save writes them, found a damaged or other file"),
+        (b"", "expected weights as --save writes them, found a damaged or other file"),
+    ],
+)
+def test_damaged_weights_end_in_one_line(small, tmp_path, change, says):
+    path = tmp_path / "w.npz"
+    run(*small, "--epochs", 0, "--save", path)
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        arrays = {name: a for name, a in (saved(path) | change).items() if a is not None}
+        if "W2" not in arrays:
+            arrays = {name: arrays[name] for name in ("W1", "b1", "W3", "b3")}
+        np.savez(path, **arrays)
+    done = run("--data", small[1], "--resume", path, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {path}: {says}"), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
+    """Flipped bits, cuts, wrong counts, other bytes; plain and gzipped: what a plain reader reads, or ValueError."""
+    rng, loaded = RNG(10), 0
+    for i in range(1000):
+        content = bytearray(idx(rng.integers(0, 256, (6, 4, 3))))
+        header = 4 if i % 3 else len(content)  # two in three leave the magic number alone
+        kind = i % 5
+        if kind == 0:
+            content[rng.integers(header, len(content)) if i % 3 else rng.integers(4)] ^= 1 << rng.integers(8)
+        elif kind == 1:
+            del content[rng.integers(len(content)) :]
+        elif kind == 2:
+            content[4:16] = struct.pack(">3I", *rng.choice([0, 1, 3, 4, 6, 12, 2**16, 2**32 - 1], 3))
+        elif kind == 3:
+            content = bytearray(rng.bytes(rng.integers(40)))
+        else:
+            content[16:] = rng.bytes(len(content) - 16)
+        if i % 2:
+            content = bytearray(gzip.compress(bytes(content)))
+            if i % 7 == 0:
+                content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path = tmp_path / "mutated"
+        path.write_bytes(content)
+        try:
+            plain = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else bytes(content)
+            magic, *shape = struct.unpack_from(">4I", plain)
+            good = magic == 0x803 and len(plain) == 16 + shape[0] * shape[1] * shape[2]
+        except (struct.error, OSError, EOFError, zlib.error):
+            good = False
+        if good:
+            found = data.read_idx(path, 3)
+            assert found.shape == tuple(shape) and found.tobytes() == plain[16:]
+            loaded += 1
+        else:
+            with pytest.raises(ValueError, match="^" + re.escape(str(path))):
+                data.read_idx(path, 3)
+    assert 200 < loaded < 800
+
+
+def test_python_m_fpnl():
+    """The post's examples: the numbers of test_the_posts_examples."""
+    lines = subprocess.run([sys.executable, "-m", "fpnl"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [re.split(r"  +", line) for line in lines.splitlines()[-4:]]
+    twice = (
+        (lambda *values: [v for v in values for _ in range(2)]) if HARDWARE else lambda *v: [*zip(v, ["unknown"] * 3)]
+    )
+    assert rows[0] == ["(2.5 TINY + -1.6 TINY) + TINY", *twice("1.9 TINY", "1 TINY", "1 TINY")]
+    assert rows[1] == ["(-1.6 TINY + TINY) + 2.5 TINY", *twice("1.9 TINY", "2.5 TINY", "2.5 TINY")]
+    assert rows[2] == ["(0.4 TINY + 0.5 TINY) * 1/TINY", *twice("0.9", "0", "0")]
+    assert rows[3] == ["0.4 TINY * 1/TINY + 0.5 TINY * 1/TINY", *twice("0.9", "0.9", "0")]
+
+
+def test_too_little_memory(small):
+    done = run_limited("RLIMIT_AS", 4 << 30, *small, "--hidden", 10**6, 10**6)
+    says = "expected more memory: try smaller --hidden layers or --batch, or fewer --workers"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {says}\n")
+
+
+def test_a_saved_error_page_is_no_data(small):
+    (small[1] / IMAGES).write_bytes(b"<!DOCTYPE html>")
+    done = run(*small, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("found 3c21444f: copy it again\n")

@@ -2,7 +2,9 @@
 """Train a network of matrix products and additions on MNIST by evolution strategies.
 
     python train.py                      # the main job: all cores, ends on its own
-    python train.py --save weights.npz   # and keeps W1, b1, W2, b2, W3, b3
+    python train.py --save weights.npz   # keeps W1, b1, W2, b2, W3, b3, at every report
+    python train.py --resume weights.npz --save weights.npz     # goes on where that stopped
+    python train.py --evaluate weights.npz                      # accuracy, confusions, recalls
     python train.py -h                   # all options
 
 The same seed gives the same weights, bit for bit, whatever the number of workers: a batch is cut into
@@ -16,16 +18,23 @@ os.environ.update({f"{blas}_THREADS": "1" for blas in ("OPENBLAS_NUM", "MKL_NUM"
 import argparse
 import concurrent.futures
 import contextlib
+import errno
 import itertools
+import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import pathlib
 import platform
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -152,54 +161,102 @@ def train(args):
     slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
     shared = share(sizes, slices, len(sets[0]))
     join(args, sets, sizes, shared)
-    for params, fresh in zip(as_params(job.weights, sizes), fpnl.init(np.random.default_rng((args.seed, 0)), sizes)):
-        for array, value in zip(params, fresh):
-            array[...] = value
+    first, before = begin()
 
     steps_per_epoch = len(sets[0]) // args.batch
     steps = round(args.epochs * steps_per_epoch)
-    reports = {round(i * steps / args.reports) for i in range(args.reports + 1)}
-    print(
+    reports = {first, *(round(i * steps / args.reports) for i in range(args.reports + 1))}
+    say = (lambda *_, **__: None) if args.quiet else print
+    say(
         f"{'-'.join(map(str, sizes))} network, {job.weights.size:,} weights; {len(sets[0]):,} images, {steps:,} steps "
         f"of {args.batch}; {args.method}, seed {args.seed}, flush {args.flush}, {args.workers} workers"
     )
-    print(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
-    began = time.perf_counter()
-    with workers(args, sets, sizes, shared) as run, open_log(args, held_out) as log:
-        for step in range(steps + 1):
+    say(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
+    began = shown = time.perf_counter()
+    with workers(args, sets, sizes, shared) as run, open_log(args, held_out) as log, interruptible() as interrupted:
+        for step in range(first, steps + 1):
+            seconds = time.perf_counter() - began
+            left = f"{seconds * (steps - step) / (step - first):8.0f} s" if step > first else f"{'?':>10}"
             if step in reports:
-                seconds = time.perf_counter() - began
                 trained, held = measure(run, 0), measure(run, 2)
-                row = step / steps_per_epoch, seconds, *trained[:2], held[1]
-                print("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row), end="")
-                print("".join(f" {share:.2f}" for share in trained[2:]), end="")
-                print(f"{seconds * (steps - step) / step:8.0f} s" if step else f"{'?':>10}", flush=True)
+                row = step / steps_per_epoch, before + seconds, *trained[:2], held[1]
+                live_units = "".join(f" {share:.2f}" for share in trained[2:])
+                live_line(args, "")
+                say("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row) + live_units + left, flush=True)
                 print(*(f"{value:.6g}" for value in row + tuple(trained[2:])), sep=",", file=log, flush=True)
                 if not math.isfinite(trained[0]):
                     raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
+            if args.save and (step in reports or interrupted.is_set()):
+                save(args.save, step, before + time.perf_counter() - began)
+            if interrupted.is_set():
+                live_line(args, "")
+                raise KeyboardInterrupt(f"interrupted after step {step} of {steps}")
             if step == steps:
                 break
-            if step % steps_per_epoch == 0:
+            if time.perf_counter() - shown > 0.2:
+                shown = time.perf_counter()
+                done = f"step {step}, epoch {step / steps_per_epoch:.2f}, loss {trained[0]:.4f}"
+                live_line(args, f"{done}, {(step - first) * args.batch / seconds:.0f} images/s,{left} left")
+            if step % steps_per_epoch == 0 or step == first:
                 order = np.random.default_rng((args.seed, 1, step // steps_per_epoch))
                 job.order[...] = order.permutation(len(job.order))
             lr = args.lr * (1 + math.cos(math.pi * step / steps)) / 2
             each(run, gradient, [(step, s) for s in range(slices)])
             each(run, update, [(step, lr, part, args.workers) for part in range(args.workers)])
-    if args.save:
-        save(args.save, as_params(job.weights, sizes))
-    print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {time.perf_counter() - began:.0f}")
+    seconds = before + time.perf_counter() - began
+    print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {seconds:.0f}", flush=True)
     return trained, held
+
+
+def begin():
+    """Fresh or resumed weights and moments -> steps done, seconds spent."""
+    if job.args.resume:
+        weights, moments, step, seconds, _ = read_run(job.args.resume)
+        if weights.size != job.weights.size:
+            raise ValueError(f"{job.args.resume}: expected {job.weights.size} weights, found {weights.size}")
+        job.weights[...], job.moments[...] = weights, moments
+        return step, seconds
+    params = fpnl.init(np.random.default_rng((job.args.seed, 0)), job.sizes)
+    job.weights[...] = np.concatenate([a.ravel() for layer in params for a in layer])
+    return 0, 0.0
+
+
+def live_line(args, text):
+    """On a terminal, one line that the next one overwrites."""
+    if sys.stdout.isatty() and not args.quiet:
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Ctrl-C sets an event, so that a step is always completed; a second one interrupts at once."""
+    event, previous = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_):
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield event
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def open_log(args, held_out):
     """--log FILE.csv: a comment with what it takes to repeat the run, a header, then a row a report."""
-    log = open(args.log or os.devnull, "w")
-    where = f"{platform.platform()}, {platform.processor() or platform.machine()}, {args.workers} workers"
+    log = open(args.log or os.devnull, "a" if args.resume else "w")
+    if log.tell():
+        return log  # goes on, too
+    where = f"{platform.platform()}, {cpu()}, {args.workers} workers"
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     options = [
         f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'hidden' else value}"
         for name, value in vars(args).items()
-        if value is not None
+        if value is not None and name not in ("quiet", "fingerprint")
     ]
     print("# python train.py", *options, file=log, end=f"; {versions}; {where}; {time.strftime('%Y-%m-%d')}\n")
     live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
@@ -207,9 +264,19 @@ def open_log(args, held_out):
     return log
 
 
+def cpu():
+    with contextlib.suppress(OSError, StopIteration):  # Linux has no better way
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
 def load(args):
     """(train_x, train_y, other_x, other_y) and what the other set is: test, or held out of the training set."""
     sets, n = data.load(args.data), args.validation
+    args.fingerprint = zlib.crc32(sets[1], zlib.crc32(sets[0]))
+    if args.resume:
+        refuse_other_settings(args)
     if n:
         train_x, train_y = sets[:2]
         if n >= len(train_y):
@@ -233,7 +300,13 @@ def workers(args, *of_job):
 
 def join_quietly(*of_job):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+    threading.Thread(target=end_with_parent, daemon=True).start()
     join(*of_job)
+
+
+def end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def each(run, function, tasks):
@@ -247,9 +320,44 @@ def measure(run, which):
     return [sum(column) / n for column in list(zip(*parts))[1:]]
 
 
-def save(path, params):
-    """W1, b1, ... as .npz, complete or not at all."""
+# --- Files ---------------------------------------------------------------------------------------------
+
+METHODS, FLUSHES = ("es", "backprop", "deadzone", "relu"), ("emulated", "hardware", "off")
+SETTINGS = (
+    "validation",
+    "hidden",
+    "method",
+    "epochs",
+    "batch",
+    "sigma",
+    "block",
+    "lr",
+    "weight_decay",
+    "seed",
+    "flush",
+)
+
+
+def settings(args):
+    """What decides the weights, and so must not change between a run and its continuation."""
+    chosen = {name: getattr(args, name) for name in SETTINGS}
+    chosen["flush"] = "off" if args.flush == "off" else "on"  # emulated or by the CPU: the same bits
+    return json.loads(json.dumps(chosen | {"data": args.fingerprint}))
+
+
+def refuse_other_settings(args):
+    before = read_run(args.resume)[-1]
+    for name, value in settings(args).items():
+        if value != before.get(name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: expected {before.get(name)} as in {args.resume}, found {value}")
+
+
+def save(path, step, seconds):
+    """W1, b1, ... and what --resume needs, as .npz: complete or not at all."""
+    params = as_params(job.weights, job.sizes)
     arrays = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)}
+    arrays |= {"moments": job.moments, "step": step, "seconds": seconds, "settings": json.dumps(settings(job.args))}
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
         try:
             np.savez(file, **arrays)
@@ -259,6 +367,72 @@ def save(path, params):
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def read_weights(path):
+    """[(W, b), ...] and the other arrays of an .npz file, checked."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
+    params = []
+    while f"W{len(params) + 1}" in arrays:
+        i = len(params) + 1
+        W, b = (arrays.pop(f"{name}{i}", np.empty(0)) for name in "Wb")
+        fan_in = params[-1][0].shape[1] if params else len(W) if W.ndim else 0
+        if not (W.dtype == b.dtype == np.float32 and W.ndim == 2 and len(W) == fan_in and b.shape == W.shape[1:]):
+            found = f"W{i} {W.dtype} {W.shape}, b{i} {b.dtype} {b.shape}"
+            raise ValueError(f"{path}: expected float32 W{i} [{fan_in}, width] and b{i} [width], found {found}")
+        if not (np.isfinite(W).all() and np.isfinite(b).all()):
+            raise ValueError(f"{path}: expected finite weights, found others in layer {i}")
+        params.append((W, b))
+    if not params:
+        raise ValueError(f"{path}: expected W1, b1, ..., found {', '.join(arrays) or 'nothing'}")
+    return params, arrays
+
+
+def read_run(path):
+    """Flat weights, moments, steps done, seconds spent and settings of a run that --save has kept."""
+    params, arrays = read_weights(path)
+    weights = np.concatenate([a.ravel() for layer in params for a in layer])
+    try:
+        moments, step, seconds = arrays["moments"], int(arrays["step"]), float(arrays["seconds"])
+        chosen = json.loads(str(arrays["settings"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a run saved by --save, found weights alone") from error
+    if moments.dtype != np.float32 or moments.shape != (2, weights.size) or not np.isfinite(moments).all() or step < 0:
+        raise ValueError(f"{path}: expected finite float32 moments (2, {weights.size}) and a step, found others")
+    return weights, moments, step, seconds, chosen
+
+
+def evaluate_file(args):
+    """--evaluate: accuracy, confusion matrix and recalls of saved weights on the test set; with --predict,
+    a label a line for the images of an IDX file."""
+    params, arrays = read_weights(args.evaluate)
+    chosen = json.loads(str(arrays["settings"])) if "settings" in arrays else {}
+    args.method = chosen.get("method", "es")
+    args.flush = "off" if chosen.get("flush") == "off" else args.flush
+    images = [data.read_idx(args.predict, 3)] if args.predict else data.load(args.data)[2:]
+    join(args, images, None, {})
+    x = images[0].reshape(len(images[0]), -1)
+    if x.shape[1] != len(params[0][0]):
+        raise ValueError(f"{args.evaluate}: expected weights for {x.shape[1]} pixels, found {len(params[0][0])}")
+    found = [outputs(params, data.pixels(x[i : i + EVALUATED]))[-1].argmax(axis=1) for i in range(0, len(x), EVALUATED)]
+    found = np.concatenate(found) if found else np.empty(0, int)
+    if args.predict:
+        print(*found, sep="\n")
+        return
+    labels, classes = images[1], max(data.CLASSES, params[-1][0].shape[1])
+    table = np.zeros((classes, classes), int)
+    np.add.at(table, (labels, found), 1)
+    print("label  " + "".join(f"{label:6}" for label in range(classes)) + "   <- found    recall")
+    for label, row in enumerate(table):
+        recall = f"{row[label] / row.sum():.4f}" if row.any() else "-"
+        print(f"{label:5}  " + "".join(f"{count:6}" for count in row) + f"{recall:>20}")
+    print(f"result: test {np.trace(table) / len(labels):.4f}")
 
 
 # --- The command ---------------------------------------------------------------------------------------
@@ -291,51 +465,61 @@ def number(kind, low, excluded=False):
 
 def new_file(text):
     path = pathlib.Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a file in a folder to write to, found {text}")
-    return path
+    try:
+        if not path.is_dir():
+            tempfile.TemporaryFile(dir=path.parent).close()
+            return path
+    except OSError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a file in a folder to write to, found {text}")
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count, size, positive = number(int, 1), number(float, 0), number(float, 0, excluded=True)
+    count, size, path = number(int, 1), number(float, 0), {"type": pathlib.Path, "metavar": "FILE.npz"}
     flush = "hardware" if has_hardware_ftz() else "emulated"
-    for name, default, options, text in (
-        ("data", data.MNIST, {"type": pathlib.Path, "metavar": "DIR"}, "folder with four files in MNIST's format"),
-        (
-            "validation",
-            0,
-            {"type": number(int, 0), "metavar": "N"},
-            "hold the last N training images out, not the test set",
-        ),
-        ("hidden", fpnl.SIZES[1:-1], {"type": count, "nargs": "*", "metavar": "N"}, "widths of the hidden layers"),
-        (
-            "method",
-            "es",
-            {"choices": ("es", "backprop", "deadzone", "relu")},
-            "es, or a control by reverse mode (see backprop)",
-        ),
-        ("epochs", 28, {"type": size}, "passes over the training images; fractions too, 0 evaluates"),
-        ("batch", 512, {"type": count}, "images a step"),
-        ("sigma", 0.02, {"type": positive}, "size of a mutation of a unit's weights"),
-        ("block", 4, {"type": count}, "units mutated together where that is cheaper: in the first layer"),
-        ("lr", 1e-3, {"type": size}, "AdamW's learning rate, falling to zero as a cosine"),
-        ("weight-decay", 0.7, {"type": size}, "AdamW's decoupled decay"),
-        ("seed", 0, {"type": number(int, 0)}, "of the weights, the order of the images and the mutations"),
-        (
-            "flush",
-            flush,
-            {"choices": ("emulated", "hardware", "off")},
-            "to zero: in NumPy or by the CPU (same bits), or not",
-        ),
-        ("workers", cores(), {"type": count}, "processes; does not change the result"),
-        ("reports", 20, {"type": count}, "rows of the table"),
-        ("compare", None, {"type": pathlib.Path, "metavar": "DIR"}, "run the main job and all its controls into DIR"),
-        ("log", None, {"type": new_file, "metavar": "FILE.csv"}, "write a row a report here"),
-        ("save", None, {"type": new_file, "metavar": "FILE.npz"}, "write the weights here"),
-    ):
-        parser.add_argument(f"--{name}", default=default, help=text, **options)
-    return parser.parse_args(argv)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # fmt: off
+    group = parser.add_argument_group("data").add_argument
+    group("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
+    group("--validation", type=number(int, 0), default=0, metavar="N", help="hold out the last N training images")
+    group = parser.add_argument_group("training").add_argument
+    group("--hidden", type=count, nargs="*", default=list(fpnl.SIZES[1:-1]), metavar="N", help="hidden layers")
+    group("--method", choices=METHODS, default="es", help="es, or a control by reverse mode (see backprop)")
+    group("--epochs", type=size, default=28, help="passes over the training images; fractions too, 0 evaluates")
+    group("--batch", type=count, default=512, help="images a step")
+    group("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
+    group("--block", type=count, default=4, help="units mutated together where that is cheaper: in the first layer")
+    group("--lr", type=size, default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
+    group("--weight-decay", type=size, default=0.7, help="AdamW's decoupled decay")
+    group("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
+    group("--flush", choices=FLUSHES, default=flush, help="to zero: in NumPy or by the CPU (same bits), or not")
+    group = parser.add_argument_group("running").add_argument
+    group("--workers", type=count, default=cores(), help="processes; does not change the result")
+    group("--reports", type=count, default=20, help="rows of the table")
+    group("--quiet", action="store_true", help="print the result alone")
+    group("--log", type=new_file, metavar="FILE.csv", help="write a row a report here")
+    group("--save", type=new_file, metavar="FILE.npz", help="write the weights here, at every report")
+    group("--resume", **path, help="go on with the run that was saved there")
+    group = parser.add_argument_group("instead of training").add_argument
+    group("--evaluate", **path, help="accuracy, confusion matrix and recalls of these weights")
+    group("--predict", type=pathlib.Path, metavar="FILE.idx", help="with --evaluate: a label a line for these images")
+    group("--compare", type=pathlib.Path, metavar="DIR", help="run the main job and all its controls into DIR")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.resume:  # its settings are the defaults; load() refuses others
+        saved = saved_settings(parser, args.resume)
+        parser.set_defaults(**{name: saved[name] for name in SETTINGS if name in saved and name != "flush"})
+        args = parser.parse_args(argv)
+    if args.predict and not args.evaluate:
+        parser.error("argument --predict: expected --evaluate FILE.npz beside it, found none")
+    return args
+
+
+def saved_settings(parser, path):
+    try:
+        return read_run(path)[-1]
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
 
 def cores():
@@ -350,16 +534,31 @@ def has_hardware_ftz():
         return False
 
 
-if __name__ == "__main__":
+def main():
+    args = parse_args()
     try:
-        arguments = parse_args()
-        if arguments.compare:
+        if args.compare:
             from docs.compare import compare
 
-            compare(arguments)
+            compare(args)
+        elif args.evaluate:
+            evaluate_file(args)
         else:
-            train(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+            train(args)
+    except concurrent.futures.BrokenExecutor:
+        fail(f"a worker process was killed, perhaps for want of memory{goes_on(args)}")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            error = "expected more memory: try smaller --hidden layers or --batch, or fewer --workers"
         fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(f"train.py: {stop or 'interrupted'}{goes_on(args)}", file=sys.stderr)
         sys.exit(130)
+
+
+def goes_on(args):
+    return f"; go on with --resume {args.save}" if args.save and args.save.exists() else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -20,12 +20,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
 plt.rcParams.update({"figure.figsize": (7.2, 3.4), "font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"svg.hashsalt": "fpnl", "axes.spines.top": False, "axes.spines.right": False})
-RUNS = {
-    "relu": ("ReLU, backprop", GREEN, ":"),
-    "es": ("ES, flush-to-zero", BLUE, "-"),
-    "deadzone": ("dead zone, backprop", BLACK, "-."),
-    "linear": ("linear, backprop", RED, "--"),
+GREY = "#888888"
+RUNS = {  # in the order of their final errors
     "es-off": ("ES, gradual underflow", ORANGE, (0, (1, 1))),
+    "linear": ("backprop, linear", RED, "--"),
+    "deadzone": ("backprop, dead zone known", BLACK, "-."),
+    "es": ("ES, flush to zero", BLUE, "-"),
+    "relu": ("backprop, ReLU", GREEN, ":"),
 }
 
 
@@ -36,9 +37,7 @@ def transfer(axes):
     for ftz, label, colour, style in ((False, "gradual underflow", ORANGE, "--"), (True, "flush to zero", BLUE, "-")):
         h = fpnl.activations(one, z[:, None], ftz)[0][:, 0].astype(np.float64) * 2.0**126
         axes.plot(z, h, style, color=colour, label=label, linewidth=1.8)
-    axes.set(
-        xlabel="z, in units of 1/S = 2$^{-125}$ after the scaling", ylabel="float32 result, in units of 2$^{-126}$"
-    )
+    axes.set(xlabel="z = x @ W + b", ylabel="z / S in float32, in units of 2$^{-126}$")
     axes.legend(frameon=False, loc="upper left")
 
 
@@ -50,23 +49,24 @@ def learning(axes):
             axes.plot(
                 log["seconds"], 100 - 100 * log["test"], linestyle=style, color=colour, label=None if i else label
             )
+    axes.axhline(100 - 96.7, color=GREY, linewidth=1, label="the post's ES: 3.3 %")
     axes.set(xlabel="seconds, 2 cores", ylabel="test error, percent", yscale="log", ylim=(1, 20))
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
 
 
 def scale(axes):
-    """Accuracy of ES-trained weights when every scale of the network is moved."""
-    for i, path in enumerate(sorted((DOCS / "runs").glob("scale-[0-9].csv"))):
+    """Test accuracy of ES-trained weights when every scale of the network is moved; the end of it enlarged."""
+    inset = axes.inset_axes((0.1, 0.12, 0.5, 0.5))
+    for path in sorted((DOCS / "runs").glob("scale-[0-9].csv")):
         log = read(path)
-        label = None if i else "flush to zero, test set"
-        axes.plot(log["log2S"], 100 * log["test"], color=BLUE, label=label)
+        axes.plot(log["log2S"], 100 * log["test"], color=BLUE)
+        inset.plot(log["log2S"], 100 * log["test"], "o-", color=BLUE, markersize=4)
     axes.axvline(125, color=BLACK, linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "trained here: 2$^{125}$", (125, 40), (105, 40), va="center", ha="right", arrowprops={"arrowstyle": "->"}
-    )
-    axes.set(xlabel="log$_2$ S", ylabel="accuracy, percent", ylim=(0, 102))
-    axes.legend(frameon=False, loc="lower left")
+    inset.axvline(125, color=BLACK, linewidth=0.8, linestyle=":")
+    inset.set(xlim=(117.5, 127.5), ylim=(0, 104), xticks=range(118, 128, 2))
+    inset.text(124.8, 20, "trained here", ha="right")
+    axes.set(xlabel="log$_2$ S", ylabel="test accuracy, percent", ylim=(0, 104), xlim=(-2, 130))
 
 
 def first_layer(figure):
