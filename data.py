@@ -71,9 +71,8 @@ def read_idx(path, ndim):
     start = 4 + 4 * ndim
     if len(content) < start or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] != ndim:
         types = " or ".join(f"0000{code:02x}{ndim:02x}" for code in _TYPES)
-        raise ValueError(
-            f"{path}: expected an IDX file that starts with {types} (hex), found {content[:4].hex() or 'nothing'}: copy it again"
-        )
+        found = content[:4].hex() or "nothing"
+        raise ValueError(f"{path}: expected an IDX file that starts with {types} (hex), found {found}: copy it again")
     shape, dtype = struct.unpack_from(f">{ndim}I", content, 4), _TYPES[content[2]]
     expected, found = math.prod(shape) * dtype.itemsize, len(content) - start
     if expected != found:
