@@ -1023,7 +1023,7 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert best_train > 0.9 and best_test > 0.87  # the linear model is a fair one
     assert train > best_train and test > best_test + 0.01
     weights = saved(tmp_path / "w.npz")
-    assert {k: v.shape for k, v in weights.items()} == {
+    assert {k: v.shape for k, v in weights.items() if k[0] in "Wb"} == {
         "W1": (784, 512), "b1": (512,), "W2": (512, 512), "b2": (512,), "W3": (512, 10), "b3": (10,),
     }  # fmt: skip
     params = [(weights[f"W{i}"], weights[f"b{i}"]) for i in (1, 2, 3)]
@@ -1049,8 +1049,8 @@ def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run,
     run("--data", slice_of_mnist, *SHORT, *options, "--save", tmp_path / "w.npz")
     weights = saved(tmp_path / "w.npz")
     assert weights.keys() == short_run.keys()
-    for key, array in weights.items():
-        assert_same_bits(array, short_run[key])
+    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
+        assert_same_bits(weights[key], short_run[key])
 
 
 @pytest.mark.parametrize(
@@ -1214,7 +1214,7 @@ def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):
     done = run("--data", slice_of_mnist, "--lr", 1e38, "--epochs", 1, "--save", tmp_path / "w.npz", check=False)
     assert done.returncode == 2 and "the loss is" in done.stderr and "try a smaller --lr" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert np.isfinite(saved(tmp_path / "w.npz")["W1"]).all()  # the last good report
 
 
 # --- Long runs ----------------------------------------------------------------------------------------
