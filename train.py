@@ -44,6 +44,7 @@ import fpnl
 MIN_SLICE, MAX_SLICES = 128, 32  # examples in a task at least; tasks a step at most (2.7 MB of gradient each)
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
+RUNS = pathlib.Path(__file__).resolve().parent / "docs" / "runs"  # where --compare writes
 
 
 # --- What the workers do: `job` is the same in all processes, its arrays are shared ------------------
@@ -503,7 +504,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("instead of training").add_argument
     group("--evaluate", **path, help="accuracy, confusion matrix and recalls of these weights")
     group("--predict", type=pathlib.Path, metavar="FILE.idx", help="with --evaluate: a label a line for these images")
-    group("--compare", type=pathlib.Path, metavar="DIR", help="run the main job and all its controls into DIR")
+    group("--compare", type=pathlib.Path, nargs="?", const=RUNS, metavar="DIR", help="the main job and all its controls")
     # fmt: on
     args = parser.parse_args(argv)
     if args.resume:  # its settings are the defaults; load() refuses others

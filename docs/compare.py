@@ -1,4 +1,4 @@
-"""The main job beside its controls: `python train.py --compare docs/runs`.
+"""The main job beside its controls: `python train.py --compare`.
 
 Each run writes its log and its weights to the folder; the ES-trained weights are then evaluated under
 other arithmetic. The last lines are the README's table: mean and standard deviation over SEEDS seeds.

@@ -1,4 +1,4 @@
-"""The figures of the README, drawn from the logs of `python train.py --compare docs/runs`.
+"""The figures of the README, drawn from the logs of `python train.py --compare`.
 
 python docs/figures.py        needs matplotlib: pip install '.[docs]'
 """
