@@ -449,6 +449,11 @@ def fail(message):
     sys.exit(2)
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def number(kind, low, excluded=False):
     """A type for argparse: a finite number from low on, or above it."""
 
@@ -478,7 +483,7 @@ def new_file(text):
 def parse_args(argv=None):
     count, size, path = number(int, 1), number(float, 0), {"type": pathlib.Path, "metavar": "FILE.npz"}
     flush = "hardware" if has_hardware_ftz() else "emulated"
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=Formatter)
     # fmt: off
     group = parser.add_argument_group("data").add_argument
     group("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
@@ -504,7 +509,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("instead of training").add_argument
     group("--evaluate", **path, help="accuracy, confusion matrix and recalls of these weights")
     group("--predict", type=pathlib.Path, metavar="FILE.idx", help="with --evaluate: a label a line for these images")
-    group("--compare", type=pathlib.Path, nargs="?", const=RUNS, metavar="DIR", help="the main job and all its controls")
+    group("--compare", type=pathlib.Path, nargs="?", const=RUNS, metavar="DIR", help="run all controls, too")
     # fmt: on
     args = parser.parse_args(argv)
     if args.resume:  # its settings are the defaults; load() refuses others
