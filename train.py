@@ -359,15 +359,16 @@ def save(path, step, seconds):
     params = as_params(job.weights, job.sizes)
     arrays = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)}
     arrays |= {"moments": job.moments, "step": step, "seconds": seconds, "settings": json.dumps(settings(job.args))}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        try:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_weights(path):
