@@ -1003,7 +1003,20 @@ def slice_of_mnist(mnist, tmp_path_factory):
 
 def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     """Against softmax regression on the same images, stopped where its test accuracy is best."""
-    done = run("--data", slice_of_mnist, "--epochs", 12, "--batch", 256, "--save", tmp_path / "w.npz")
+    done = run(
+        "--data",
+        slice_of_mnist,
+        "--epochs",
+        10,
+        "--batch",
+        256,
+        "--block",
+        8,
+        "--reports",
+        1,
+        "--save",
+        tmp_path / "w.npz",
+    )
     train, test = result(done)
     train_x, train_y, test_x, test_y = data.load(slice_of_mnist)
     x, held = data.pixels(train_x), data.pixels(test_x)
@@ -1032,7 +1045,7 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
-SHORT = ["--epochs", 0.15, "--batch", 300, "--seed", 3, "--flush", "emulated", "--workers", 1]
+SHORT = ["--epochs", 0.15, "--batch", 300, "--seed", 3, "--flush", "emulated", "--workers", 1, "--reports", 1]
 
 
 @pytest.fixture(scope="session")
@@ -1165,7 +1178,20 @@ def test_backprop_is_blind_to_underflow(monkeypatch):
 
 def test_the_controls_train(slice_of_mnist):
     """Softmax regression and the linear network learn the same; the ReLU network, from the same start, more."""
-    common = ["--data", slice_of_mnist, "--epochs", 2, "--batch", 100, "--weight-decay", 0, "--flush", "off"]
+    common = [
+        "--data",
+        slice_of_mnist,
+        "--epochs",
+        2,
+        "--batch",
+        100,
+        "--weight-decay",
+        0,
+        "--flush",
+        "off",
+        "--reports",
+        1,
+    ]
     regression, linear, relu = (
         result(run(*common, *options))[1]
         for options in (
