@@ -1472,6 +1472,15 @@ def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
     assert 200 < loaded < 800
 
 
+def test_the_benchmark_runs(monkeypatch, capsys):
+    from docs import benchmark
+
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    benchmark.arithmetic(n=1000)
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == 9 and all(float(value) > 0 for row in rows for value in row.split()[-3:])
+
+
 def test_python_m_fpnl():
     """The post's examples: the numbers of test_the_posts_examples."""
     lines = subprocess.run([sys.executable, "-m", "fpnl"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

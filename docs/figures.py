@@ -91,7 +91,8 @@ def main():
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
     if not (DOCS / "runs" / "es-0.npz").exists():
-        sys.exit("first-layer.svg needs docs/runs/es-0.npz, which is not in the repository: python train.py --compare")
+        print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python train.py --compare")
+        return
     figure = plt.figure(figsize=(7.2, 2.5), layout="constrained")
     first_layer(figure)
     figure.savefig(DOCS / "first-layer.svg", metadata={"Date": None})
