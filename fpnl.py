@@ -531,22 +531,26 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
 
 def _main():
     """`python -m fpnl`: what this machine does near 2^-126, emulated and on the CPU."""
-    modes = {"gradual underflow": (False, False), "FTZ": (True, False), "FTZ and DAZ": (True, True)}
-    print(f"The post's examples near TINY = 2^-126; {platform.system()} {platform.machine()}, NumPy {np.__version__}\n")
-    print(f"{'':42}" + "".join(f"{mode:>24}" for mode in modes))
-    print(f"{'':42}" + f"{'emulated':>14}{'CPU':>10}" * len(modes))
+    print(
+        f"The post's examples near TINY = 2^-126 on {platform.system()} {platform.machine()}, NumPy {np.__version__}\n"
+    )
+    print(f"{'':38} {'flags':12}{'emulated':>14}{'CPU':>14}")
     for text, example in _EXAMPLES.items():
-        line = f"{text:42}"
-        for ftz, daz in modes.values():
-            ops = [functools.partial(op, daz=daz) for op in (add, multiply)] if ftz else (np.add, np.multiply)
-            line += f"{_in_units(text, example(*ops)):>14}"
+        for flags, ftz, daz in (("none", 0, 0), ("DAZ", 0, 1), ("FTZ", 1, 0), ("FTZ and DAZ", 1, 1)):
+            if ftz:
+                ops = [functools.partial(op, daz=daz) for op in (add, multiply)]
+            else:
+                read = flush if daz else np.positive
+                ops = [lambda a, b, op=op, read=read: op(read(a), read(b)) for op in (np.add, np.multiply)]
+            emulated = _in_units(text, example(*ops))
             try:
                 with _fpu_mode(ftz, daz):
                     value = example(np.add, np.multiply)
-                line += f"{_in_units(text, value):>10}"
+                cpu = _in_units(text, value)
             except RuntimeError:
-                line += f"{'unknown':>10}"
-        print(line)
+                cpu = "unknown"
+            print(f"{text:38} {flags:12}{emulated:>14}{cpu:>14}")
+        print()
 
 
 _T = [float32(k * 2.0**-126) for k in (2.5, -1.6, 1, 0.4, 0.5)]  # in float64 first: a CPU in FTZ mode would flush
