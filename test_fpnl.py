@@ -738,7 +738,7 @@ def test_loss_and_accuracy():
 
 @pytest.mark.parametrize("ftz", [True, False, pytest.param("hardware", marks=needs_hardware)])
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
-@pytest.mark.parametrize("block", [1, 3, 4, 64])
+@pytest.mark.parametrize("block", [1, 2, 3, 4, 64])
 def test_fast_members_are_literally_mutated_networks(sizes, block, ftz, monkeypatch):
     """`es_gradient` against `es_gradient_plain`, also in tiles and groups of the smallest size."""
     params, x, labels = example(sizes, n=7, seed=len(sizes))
@@ -760,6 +760,23 @@ def test_fast_members_of_the_real_network(mnist):
         assert dW.any()
         same = np.all(np.abs(dW - dW_fast) <= 1e-4 * np.abs(dW).max(), axis=0)
         assert same.mean() > 0.95
+
+
+@pytest.mark.parametrize("ftz", [True, pytest.param("hardware", marks=needs_hardware)])
+def test_the_dead_zone_is_the_scaling_of_the_network(ftz):
+    """In units of 1/S, for all significands in the binades around 1/2 and both signs."""
+    for x in (scaling(), -scaling(), grid()[0]):
+        x = x[np.isfinite(x) & (np.abs(x) < 4)]
+        expected = fpnl.divide(x, fpnl.SCALE) * fpnl.SCALE
+        assert_same_bits(fpnl._dead_zone(x.copy(), ftz), expected)
+
+
+def test_large_logits_do_not_overflow():
+    params, x, labels = example()
+    params[-1][0][:] *= 100
+    assert np.abs(fpnl.forward(params, x)).max() > 100  # exp(100) is beyond float32
+    for layer in fpnl.es_gradient(params, x, labels, RNG(0)):
+        assert all(np.isfinite(a).all() for a in layer)
 
 
 def test_live_later_biases_count():
@@ -1338,13 +1355,25 @@ def run_limited(name, limit, *arguments):
 
 
 def test_a_full_disk_loses_nothing(small, tmp_path):
-    """No file may grow beyond 8 KB: the run ends, the older file stays, nothing half-written is left."""
+    """No file may grow beyond 16 KB: the first save ends the run, the older file stays, and nothing else is left."""
     path = tmp_path / "w.npz"
     run(*small, "--epochs", 1, "--save", path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
-    done = run_limited("RLIMIT_FSIZE", 8192, *small, "--save", path)
+    assert len(before[0]) > 16384
+    done = run_limited("RLIMIT_FSIZE", 16384, *small, "--save", path)
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert len(done.stdout.splitlines()) == 3  # the first report came before
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
+
+
+def test_a_save_replaces_the_file_and_never_writes_into_it(small, tmp_path):
+    """Who has the older file open goes on reading that."""
+    path = tmp_path / "w.npz"
+    run(*small, "--epochs", 0, "--save", path)
+    with open(path, "rb") as file:
+        before = path.read_bytes()
+        run(*small, "--epochs", 1, "--save", path)
+        assert file.read() == before != path.read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
