@@ -531,11 +531,17 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
 
 def _main():
     """`python -m fpnl`: what this machine does near 2^-126, emulated and on the CPU."""
-    print(
-        f"The post's examples near TINY = 2^-126 on {platform.system()} {platform.machine()}, NumPy {np.__version__}\n"
-    )
+    system = f"{platform.system()} {platform.machine()}, NumPy {np.__version__}"
+    print(f"The post's examples near TINY = 2^-126 on {system}\n")
     print(f"{'':38} {'flags':12}{'emulated':>14}{'CPU':>14}")
-    for text, example in _EXAMPLES.items():
+    a, b, c, d, e = (float32(k * 2.0**-126) for k in (2.5, -1.6, 1, 0.4, 0.5))
+    examples = {
+        "(2.5 TINY + -1.6 TINY) + TINY": lambda add, mul: add(add(a, b), c),
+        "(-1.6 TINY + TINY) + 2.5 TINY": lambda add, mul: add(add(b, c), a),
+        "(0.4 TINY + 0.5 TINY) * 1/TINY": lambda add, mul: mul(add(d, e), 1 / TINY),
+        "0.4 TINY * 1/TINY + 0.5 TINY * 1/TINY": lambda add, mul: add(mul(d, 1 / TINY), mul(e, 1 / TINY)),
+    }
+    for text, example in examples.items():
         for flags, ftz, daz in (("none", 0, 0), ("DAZ", 0, 1), ("FTZ", 1, 0), ("FTZ and DAZ", 1, 1)):
             if ftz:
                 ops = [functools.partial(op, daz=daz) for op in (add, multiply)]
@@ -551,15 +557,6 @@ def _main():
                 cpu = "unknown"
             print(f"{text:38} {flags:12}{emulated:>14}{cpu:>14}")
         print()
-
-
-_T = [float32(k * 2.0**-126) for k in (2.5, -1.6, 1, 0.4, 0.5)]  # in float64 first: a CPU in FTZ mode would flush
-_EXAMPLES = {
-    "(2.5 TINY + -1.6 TINY) + TINY": lambda add, mul: add(add(_T[0], _T[1]), _T[2]),
-    "(-1.6 TINY + TINY) + 2.5 TINY": lambda add, mul: add(add(_T[1], _T[2]), _T[0]),
-    "(0.4 TINY + 0.5 TINY) * 1/TINY": lambda add, mul: mul(add(_T[3], _T[4]), 1 / TINY),
-    "0.4 TINY * 1/TINY + 0.5 TINY * 1/TINY": lambda add, mul: add(mul(_T[3], 1 / TINY), mul(_T[4], 1 / TINY)),
-}
 
 
 def _in_units(text, value):

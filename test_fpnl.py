@@ -1343,6 +1343,14 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path):
     assert "result: " in run("--data", small[1], "--resume", path, "--workers", 1, "--flush", "emulated").stdout
 
 
+def test_resume_takes_over_that_nothing_flushes(small, tmp_path):
+    """--flush is a setting of the run like the others: it need not be given again."""
+    whole, path = tmp_path / "whole.npz", tmp_path / "w.npz"
+    run(*small, "--epochs", 1, "--flush", "off", "--save", whole)
+    run("--data", small[1], "--resume", whole, "--save", path)
+    assert_same_run(path, whole)
+
+
 def run_limited(name, limit, *arguments):
     resource = pytest.importorskip("resource", reason="POSIX limits")
     return subprocess.run(

@@ -257,7 +257,7 @@ def open_log(args, held_out):
     options = [
         f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'hidden' else value}"
         for name, value in vars(args).items()
-        if value is not None and name not in ("quiet", "fingerprint")
+        if value is not None and name not in ("quiet", "fingerprint", "resumed")
     ]
     print("# python train.py", *options, file=log, end=f"; {versions}; {where}; {time.strftime('%Y-%m-%d')}\n")
     live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
@@ -324,19 +324,7 @@ def measure(run, which):
 # --- Files ---------------------------------------------------------------------------------------------
 
 METHODS, FLUSHES = ("es", "backprop", "deadzone", "relu"), ("emulated", "hardware", "off")
-SETTINGS = (
-    "validation",
-    "hidden",
-    "method",
-    "epochs",
-    "batch",
-    "sigma",
-    "block",
-    "lr",
-    "weight_decay",
-    "seed",
-    "flush",
-)
+SETTINGS = "validation hidden method epochs batch sigma block lr weight_decay seed flush".split()
 
 
 def settings(args):
@@ -347,11 +335,10 @@ def settings(args):
 
 
 def refuse_other_settings(args):
-    before = read_run(args.resume)[-1]
     for name, value in settings(args).items():
-        if value != before.get(name):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: expected {before.get(name)} as in {args.resume}, found {value}")
+        before = args.resumed.get(name)
+        if value != before:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {before} as in {args.resume}, found {value}")
 
 
 def save(path, step, seconds):
@@ -515,7 +502,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:  # its settings are the defaults; load() refuses others
         saved = saved_settings(parser, args.resume)
-        parser.set_defaults(**{name: saved[name] for name in SETTINGS if name in saved and name != "flush"})
+        defaults = {name: saved[name] for name in SETTINGS if name in saved}
+        defaults["flush"] = "off" if saved.get("flush") == "off" else flush
+        parser.set_defaults(resumed=saved, **defaults)
         args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("argument --predict: expected --evaluate FILE.npz beside it, found none")

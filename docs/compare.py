@@ -46,7 +46,7 @@ POST = {"es": "> 99 / 96.7", "linear": "94 / 92"}
 def compare(args):
     """Run everything, a seed after the other; print a table of train and test accuracy in percent."""
     args.compare.mkdir(parents=True, exist_ok=True)
-    table, post = {}, {}
+    sets, table, post = data.load(args.data), {}, {}
     for seed in range(args.seed, args.seed + SEEDS):
         for name, (row, options) in RUNS.items():
             stem = args.compare / f"{name}-{seed}"
@@ -57,9 +57,7 @@ def compare(args):
             trained, held = train.train(train.parse_args(files + command))
             table.setdefault(row, []).append((trained[1], held[1]))
             post[row] = POST.get(name, "")
-        sets = data.load(args.data)
-        with np.load(args.compare / f"es-{seed}.npz", allow_pickle=False) as file:
-            params = [(file[f"W{i}"], file[f"b{i}"]) for i in (1, 2, 3)]
+        params, _ = train.read_weights(args.compare / f"es-{seed}.npz")
         for row, network in other_arithmetic(params).items():
             score = [fpnl.accuracy(logits(network, sets[i]), sets[i + 1]) for i in (0, 2)]
             table.setdefault(f"  its weights, {row}", []).append(score)
