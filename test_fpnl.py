@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 import platform
@@ -751,7 +752,7 @@ def test_fast_members_are_literally_mutated_networks(sizes, block, ftz, monkeypa
 
 
 def test_fast_members_of_the_real_network(mnist):
-    """784-512-512-10, one image, 1,172 literally mutated networks. Where a sum is at the threshold but for its
+    """784-512-512-10, one image, 276 literally mutated networks. Where a sum is at the threshold but for its
     rounding, a unit lives in one of the two and not in the other: that may move the estimate of a few units."""
     params, x, labels = fpnl.init(RNG(0)), data.pixels(mnist[2][:1]), mnist[3][:1]
     plain = fpnl.es_gradient_plain(params, x, labels, RNG(1))
@@ -768,7 +769,8 @@ def test_the_dead_zone_is_the_scaling_of_the_network(ftz):
     for x in (scaling(), -scaling(), grid()[0]):
         x = x[np.isfinite(x) & (np.abs(x) < 4)]
         expected = fpnl.divide(x, fpnl.SCALE) * fpnl.SCALE
-        assert_same_bits(fpnl._dead_zone(x.copy(), ftz), expected)
+        layer = fpnl._Layer(None, None, None, None)
+        assert_same_bits(fpnl._activate(layer, x.copy(), ftz) * fpnl._unit(ftz), expected)
 
 
 def test_large_logits_do_not_overflow():
@@ -789,34 +791,49 @@ def test_live_later_biases_count():
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
 
+def naive_slopes(params, x, labels, sigma, l, J, e, ftz=True):
+    """(L(+e) - L(-e)) e / (2 sigma) in the direction of the weights, for a block J of units of layer l: what
+    `es_gradient` estimates, without its two ways to be less noisy. [fan_in + 1, len(J)], float64."""
+    a = np.append(x, np.float32(1)) if l == 0 else np.append(fpnl.activations(params, x, ftz)[l - 1] * fpnl.SCALE, 0)
+    direction = (a / np.linalg.norm(a.astype(np.float64)))[:, None] * e
+    L = [
+        float(fpnl.loss(fpnl.forward(fpnl.mutated(params, l, J, (s * direction).astype("f4")), x, ftz), labels))
+        for s in (sigma, -sigma)
+    ]
+    return (L[0] - L[1]) / (2 * sigma) * direction
+
+
 def test_estimate_is_the_expectation_over_all_signs(monkeypatch):
-    """One image, repeated with each of the 2^4 sign patterns of a layer: the mean over that batch is the
+    """One image, repeated with each of the 2^8 sign patterns of two layers: the mean over that batch is the
     expectation of the estimate, written out here with weights mutated one pattern at a time."""
     sigma, sizes = 0.1, (5, 4, 4, 4)
     params, x, labels = example(sizes, n=1, seed=8)
     patterns = np.array(list(itertools.product((-1, 1), repeat=4)), np.float32)
-    monkeypatch.setattr(fpnl, "mutation_signs", lambda rng, width, n: patterns.T.copy())
-    x16, y16 = np.repeat(x, 16, axis=0), np.repeat(labels, 16)
-    grads = fpnl.es_gradient(params, x16, y16, RNG(0), sigma, block=4)
-
-    hs = fpnl.activations(params, x)
-    directions = [np.append(x, np.float32(1)), *(np.append(h * fpnl.SCALE, np.float32(0)) for h in hs[:-1])]
-    blocks = [[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0], [1], [2], [3]]
+    of_layer = [np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 4), np.float32)]
+    signs = iter([e.T.copy() for e in of_layer[::-1]])  # the last layer draws first
+    monkeypatch.setattr(fpnl, "mutation_signs", lambda rng, width, n: next(signs))
+    grads = fpnl.es_gradient(params, np.repeat(x, 256, axis=0), np.repeat(labels, 256), RNG(0), sigma, block=4)
     for l, (dW, db) in enumerate(grads):
-        expected = np.zeros((len(directions[l]), 4))
-        norm = np.linalg.norm(directions[l].astype(np.float64))
-        for e, block in itertools.product(patterns, blocks[l]):
-            eps = np.zeros_like(expected)  # the member's mutation, of norm 1 in each unit of the block
-            eps[:, block] = np.outer(directions[l] / norm, e[block])
-            sides = []
-            for sign in (+1, -1):
-                W = (params[l][0] + sign * sigma * eps[:-1]).astype(np.float32)
-                b = (params[l][1] + sign * sigma * eps[-1]).astype(np.float32)
-                sides.append(float(fpnl.loss(fpnl.forward([*params[:l], (W, b), *params[l + 1 :]], x), labels)))
-            expected += (sides[0] - sides[1]) / (2 * sigma) * eps / len(patterns)
+        expected = np.zeros((len(params[l][0]) + 1, 4))
+        for e in patterns:
+            for J in [[0, 1, 2, 3]] if l < 2 else [[0], [1], [2], [3]]:
+                expected[:, J] += naive_slopes(params, x, labels, sigma, l, J, e[J]) / len(patterns)
         np.testing.assert_allclose(dW, expected[:-1], atol=1e-5)
         np.testing.assert_allclose(db, expected[-1], atol=1e-5)
         assert np.abs(expected).max() > 0.01
+
+
+def test_what_the_layer_above_predicts_is_not_noise():
+    """The same signs with and without the prediction, where it is good, in a network without the flush."""
+    params, x, labels = example((20, 32, 32, 5), n=1, seed=1)
+    exact = fpnl.es_gradient(params, x, labels, RNG(0), block=1, ftz=False)[0][0]
+    for seed in range(5):
+        rng = RNG(seed)
+        _, _, e = (fpnl.mutation_signs(rng, width, 1)[:, 0] for width in (5, 32, 32))
+        blocks = np.arange(32).reshape(4, 8)
+        naive = [naive_slopes(params, x, labels, 0.02, 0, J, e[J], ftz=False) for J in blocks]
+        ours = fpnl.es_gradient(params, x, labels, RNG(seed), block=8, ftz=False)[0][0]
+        assert np.linalg.norm(ours - exact) < np.linalg.norm(np.concatenate(naive, axis=1)[:-1] - exact) / 20
 
 
 def test_gradient_of_a_linear_layer_is_the_analytic_one():
@@ -1104,6 +1121,39 @@ def test_report_and_validation(slice_of_mnist, tmp_path):
             r" *\d+\.\d\d +\d+\.\d +\d+\.\d{4}  0\.\d{4} +0\.\d{4}   0\.\d\d 0\.\d\d 0\.\d\d +(\d+ s|\?)", row
         )
     assert last.startswith("result: train ") and " validation " in last and result(done)
+
+
+def test_until_test_stops_at_the_first_report_over_the_mark(slice_of_mnist, tmp_path):
+    options = "--hidden 24 24 --batch 100 --epochs 2 --reports 5 --workers 1".split()
+    command = ["--data", slice_of_mnist, *options, "--log", tmp_path / "w.csv"]
+    run(*command)
+    scores = [row.split(",")[4] for row in (tmp_path / "w.csv").read_text().splitlines()[2:]]
+    mark = scores[3]
+    first = scores.index(next(score for score in scores if float(score) >= float(mark)))
+    done = run(*command, "--until-test", mark, "--quiet")
+    rows = (tmp_path / "w.csv").read_text().splitlines()[2:]
+    assert [row.split(",")[4] for row in rows] == scores[: first + 1] and first > 0
+    assert result(done)[1] == pytest.approx(float(scores[first]), abs=5e-5)
+    done = run(*command, "--epochs", 1.5, "--reports", 1, "--until-test", 1.01, check=False)
+    assert len((tmp_path / "w.csv").read_text().splitlines()) == 2 + 4  # twice an epoch, and to the end
+    assert done.returncode == 1 and re.fullmatch(
+        r"train.py: the accuracy ended at 0\.\d{4}, below 1\.01\n", done.stderr
+    )
+
+
+def test_a_preset_is_a_set_of_defaults(small, tmp_path):
+    import train
+
+    chosen = train.PRESETS["best"]
+    args = vars(train.parse_args(["--preset", "best"]))
+    assert {name: args[name] for name in chosen} == chosen
+    default = vars(train.parse_args([]))
+    assert any(default[name] != value for name, value in chosen.items()) and chosen.keys() <= set(train.SETTINGS)
+    args = vars(train.parse_args(["--preset", "best", "--epochs", "0.5"]))
+    assert args["epochs"] == 0.5 and all(args[name] == chosen[name] for name in chosen if name != "epochs")
+    run(*small, "--epochs", 0.1, "--save", tmp_path / "w.npz")
+    done = run("--resume", tmp_path / "w.npz", *small[:2], "--preset", "best", check=False)
+    assert done.returncode == 2 and " as in " in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
@@ -1516,6 +1566,32 @@ def test_the_benchmark_runs(monkeypatch, capsys):
     benchmark.arithmetic(n=1000)
     rows = capsys.readouterr().out.splitlines()[1:]
     assert len(rows) == 9 and all(float(row.split()[-1]) > 0 for row in rows)
+
+
+def test_the_benchmark_counts_every_multiplication(monkeypatch):
+    """Against the shapes that NumPy is given, in a network of four layers."""
+    from docs import benchmark
+
+    class Counted(np.ndarray):
+        met = 0
+
+        def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+            plain = [np.asarray(a) for a in inputs]
+            if ufunc is np.matmul:
+                Counted.met += math.prod(np.broadcast_shapes(plain[0].shape[:-2], plain[1].shape[:-2])) * (
+                    plain[0].shape[-2] * plain[0].shape[-1] * plain[1].shape[-1]
+                )
+            if out is not None:
+                getattr(ufunc, method)(*plain, out=tuple(np.asarray(a) for a in out), **options)
+                return out[0]
+            result = getattr(ufunc, method)(*plain, **options)
+            return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+    sizes, n = (12, 16, 8, 12, 5), 6
+    params, x, labels = example(sizes, n=n)
+    counted = [(W.view(Counted), b.view(Counted)) for W, b in params]
+    fpnl.es_gradient(counted, x.view(Counted), labels, RNG(0), block=4)
+    assert 2 * Counted.met == n * benchmark.multiplications(sizes, 4)
 
 
 def test_python_m_fpnl():

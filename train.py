@@ -44,6 +44,7 @@ import fpnl
 MIN_SLICE, MAX_SLICES = 128, 32  # examples in a task at least; tasks a step at most (2.7 MB of gradient each)
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
+PRESETS = {"best": {"epochs": 200}}
 RUNS = pathlib.Path(__file__).resolve().parent / "docs" / "runs"  # where --compare writes
 
 
@@ -157,24 +158,24 @@ def evaluate(which, start):
 
 def train(args):
     """One run as the arguments say -> (loss, accuracy, live units ...) on the training set and on the other."""
-    sets, held_out = load(args)
-    sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
-    slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
-    shared = share(sizes, slices, len(sets[0]))
-    join(args, sets, sizes, shared)
+    of_job, held_out = prepare(args)
+    join(*of_job)
     first, before = begin()
 
-    steps_per_epoch = len(sets[0]) // args.batch
+    images, slices = len(job.order), len(job.gradients)
+    steps_per_epoch = images // args.batch
     steps = round(args.epochs * steps_per_epoch)
-    reports = {first, *(round(i * steps / args.reports) for i in range(args.reports + 1))}
+    mark = math.inf if args.until_test is None else args.until_test
+    count = args.reports if args.until_test is None else max(args.reports, math.ceil(2 * args.epochs))
+    reports = {first, *(round(i * steps / count) for i in range(count + 1))}
     say = (lambda *_, **__: None) if args.quiet else print
     say(
-        f"{'-'.join(map(str, sizes))} network, {job.weights.size:,} weights; {len(sets[0]):,} images, {steps:,} steps "
+        f"{'-'.join(map(str, job.sizes))} network, {job.weights.size:,} weights; {images:,} images, {steps:,} steps "
         f"of {args.batch}; {args.method}, seed {args.seed}, flush {args.flush}, {args.workers} workers"
     )
     say(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
     began = shown = time.perf_counter()
-    with workers(args, sets, sizes, shared) as run, open_log(args, held_out) as log, interruptible() as interrupted:
+    with workers(*of_job) as run, open_log(args, held_out) as log, interruptible() as interrupted:
         for step in range(first, steps + 1):
             seconds = time.perf_counter() - began
             left = f"{seconds * (steps - step) / (step - first):8.0f} s" if step > first else f"{'?':>10}"
@@ -192,7 +193,7 @@ def train(args):
             if interrupted.is_set():
                 live_line(args, "")
                 raise KeyboardInterrupt(f"interrupted after step {step} of {steps}")
-            if step == steps:
+            if step == steps or (step in reports and held[1] >= mark):
                 break
             if time.perf_counter() - shown > 0.2:
                 shown = time.perf_counter()
@@ -207,6 +208,14 @@ def train(args):
     seconds = before + time.perf_counter() - began
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {seconds:.0f}", flush=True)
     return trained, held
+
+
+def prepare(args):
+    """What `join` takes, and what the other set is."""
+    sets, held_out = load(args)
+    sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
+    slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
+    return (args, sets, sizes, share(sizes, slices, len(sets[0]))), held_out
 
 
 def begin():
@@ -474,6 +483,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=Formatter)
     # fmt: off
     group = parser.add_argument_group("data").add_argument
+    group("--preset", choices=PRESETS, help="other defaults; best: a longer schedule")
     group("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
     group("--validation", type=number(int, 0), default=0, metavar="N", help="hold out the last N training images")
     group = parser.add_argument_group("training").add_argument
@@ -490,6 +500,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("running").add_argument
     group("--workers", type=count, default=cores(), help="processes; does not change the result")
     group("--reports", type=count, default=20, help="rows of the table")
+    group("--until-test", type=size, metavar="ACC", help="stop at the first report from this test accuracy on")
     group("--quiet", action="store_true", help="print the result alone")
     group("--log", type=new_file, metavar="FILE.csv", help="write a row a report here")
     group("--save", type=new_file, metavar="FILE.npz", help="write the weights here, at every report")
@@ -505,7 +516,8 @@ def parse_args(argv=None):
         defaults = {name: saved[name] for name in SETTINGS if name in saved}
         defaults["flush"] = "off" if saved.get("flush") == "off" else flush
         parser.set_defaults(resumed=saved, **defaults)
-        args = parser.parse_args(argv)
+    parser.set_defaults(**PRESETS.get(args.preset, {}))
+    args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("argument --predict: expected --evaluate FILE.npz beside it, found none")
     return args
@@ -540,7 +552,10 @@ def main():
         elif args.evaluate:
             evaluate_file(args)
         else:
-            train(args)
+            _, held = train(args)
+            if args.until_test is not None and held[1] < args.until_test:
+                print(f"train.py: the accuracy ended at {held[1]:.4f}, below {args.until_test}", file=sys.stderr)
+                sys.exit(1)
     except concurrent.futures.BrokenExecutor:
         fail(f"a worker process was killed, perhaps for want of memory{goes_on(args)}")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -1,19 +1,35 @@
-"""Ratios, measured side by side in one run: `python docs/benchmark.py`.
+"""Ratios, measured side by side in one run: `python docs/benchmark.py [arithmetic|step|scaling|memory ...]`.
 
-Flush-to-zero arithmetic in NumPy against the plain operation, each on 10^6 float32 and one thread. The two
-take turns, and the figure is the median of the ratios of neighbours: on a noisy machine times drift, ratios hold.
+What is compared takes turns, and the figure is the median of the ratios of neighbours: on a noisy machine
+times drift, ratios hold. Everything but the workers and the memory is measured on one core.
+
+arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
+step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices,
+      the share of each of its parts, and against the emulated flush, backprop and the plain statement.
+scaling: with the batch, the width and the workers.
+memory: of all processes of `python train.py`, by their proportional shares (Linux).
 """
 
+import collections
+import contextlib
 import functools
+import itertools
+import math
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import time
-
-import numpy as np
+import types
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import train  # noqa: E402, I001 (first: it keeps BLAS at one thread)
+
+import numpy as np  # noqa: E402
+
+import data  # noqa: E402
 import fpnl  # noqa: E402
 
 ROUNDS = 15
@@ -25,12 +41,15 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def compare(first, second):
-    """Median milliseconds of both and the median ratio first / second of pairs in turn."""
-    first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(ROUNDS)]
-    a, b = ([1e3 * side for side in sides] for sides in zip(*pairs))
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in zip(a, b))
+def in_turn(*functions, rounds=ROUNDS):
+    """Seconds of each function in each round, [functions][rounds]."""
+    for function in functions:
+        function()
+    return list(zip(*[[seconds(function) for function in functions] for _ in range(rounds)]))
+
+
+def ratio(a, b):
+    return statistics.median(x / y for x, y in zip(a, b))
 
 
 def arithmetic(n=10**6):
@@ -43,15 +62,181 @@ def arithmetic(n=10**6):
         "subnormal, normal": (subnormal, other),
         "half the results subnormal": (unit, fpnl.SCALE),
     }
-    print(f"{'ms on 10^6 float32':10} {'':25} {'fpnl':>8} {'NumPy':>8} {'ratio':>8}")
+    print(f"{'ms on 10^6 float32':36} {'fpnl':>8} {'NumPy':>8} {'ratio':>8}")
     for case, (a, b) in inputs.items():
         for name in ("divide",) if "half" in case else ("add", "subtract", "multiply", "divide"):
             out = np.empty_like(a)
-            ours = functools.partial(getattr(fpnl, name), a, b, out=out)
-            plain = functools.partial(getattr(np, name), a, b, out=out)
-            print(f"{name:10} {case:33} {{:8.2f}} {{:8.2f}} {{:8.2f}}".format(*compare(ours, plain)))
+            ours, plain = in_turn(*(functools.partial(getattr(m, name), a, b, out=out) for m in (fpnl, np)))
+            times = [1e3 * statistics.median(times) for times in (ours, plain)]
+            print(f"{name:10} {case:25} {times[0]:8.2f} {times[1]:8.2f} {ratio(ours, plain):8.2f}")
+
+
+def multiplications(sizes, block):
+    """Floating-point operations an example in the matrix products of a step, two for each weight met."""
+    weights, widths = [i * o for i, o in itertools.pairwise(sizes)], sizes[1:]
+    met = 2 * sum(weights) + sum(weights[1:])  # forward and gradient; predictions
+    for l, k in enumerate(block_sizes(sizes, block)[:-1]):  # those of the last layer multiply nothing
+        met += 2 * (weights[l + 1] + math.ceil(widths[l] / k) * sum(weights[l + 2 :]))  # members and mirror images
+    return 2 * met
+
+
+def members(sizes, block):
+    """Mutated networks evaluated an example."""
+    return sum(2 * math.ceil(width / k) for width, k in zip(sizes[1:], block_sizes(sizes, block)))
+
+
+def block_sizes(sizes, block):
+    return fpnl.block_sizes([(None, range(width)) for width in sizes[1:]], block)
+
+
+def job(options=""):
+    """The main job in this process, for one worker, some steps after its start: all that `join` takes."""
+    of_job, _ = train.prepare(train.parse_args(["--workers", "1", *options.split()]))
+    train.join(*of_job)
+    train.begin()
+    train.job.order[...] = np.random.default_rng(0).permutation(len(train.job.order))
+    for i in range(20):
+        one_step(i)
+    return of_job
+
+
+def one_step(number=20, run=map, workers=1):
+    args, slices = train.job.args, len(train.job.gradients)
+    train.each(run, train.gradient, [(number, s) for s in range(slices)])
+    train.each(run, train.update, [(number, args.lr, part, workers) for part in range(workers)])
+
+
+def step():
+    args, _, sizes, _ = job()
+    A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
+    work, product = multiplications(sizes, args.block) * args.batch, 2 * 512**3
+    count = max(1, round(work / 20 / product))  # products that take some milliseconds
+
+    def products():
+        for _ in range(count):
+            A @ A
+
+    steps, references = in_turn(one_step, products)
+    each, speed = statistics.median(steps) / args.batch, count * product / statistics.median(references)
+    print(f"np.matmul, 512 x 512: {speed / 1e9:.0f} GFLOP/s")
+    print(f"a step of {args.batch} examples, block {args.block}: {1e3 * args.batch * each:.0f} ms")
+    print(f"an example: {1e6 * each:.0f} us, {members(sizes, args.block)} mutated networks, ", end="")
+    print(f"{work / args.batch / 1e6:.2f} MFLOP of multiplications")
+    print(f"mutated networks a second: {members(sizes, args.block) / each:,.0f}")
+    print(f"the step / its own multiplications: {ratio(steps, references) * count * product / work:.2f}")
+    print("\nshare of each part of the step, in percent")
+    for part, share in shares(one_step).most_common():
+        print(f"  {part:44} {100 * share:5.1f}")
+
+    params = [(W.copy(), b.copy()) for W, b in train.as_params(train.job.weights, sizes)]
+    x, y = data.pixels(train.job.sets[0][:128]), train.job.sets[1][:128]
+    by_ftz = [
+        functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), args.sigma, args.block, ftz)
+        for ftz in (True, "hardware", False)
+    ]
+    emulated, hardware, off = in_turn(*by_ftz)
+    plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), args.sigma)
+    plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
+
+    def backprop():
+        train.job.args = types.SimpleNamespace(**vars(args) | {"method": "backprop"})
+        one_step()
+        train.job.args = args
+
+    es, reverse = in_turn(one_step, backprop)
+    print("\nratios of times")
+    print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
+    print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
+    print(f"  es_gradient_plain / es_gradient, an example  {ratio(plains, fasts) * len(x):8.0f}")
+    print(f"  ES step / backprop step                      {ratio(es, reverse):8.2f}")
+
+
+def shares(function):
+    """Share of the time of `function` that each part takes itself, without the parts that it calls."""
+    parts = [
+        (train, "gradient", "gradients into shared memory"),
+        (train, "update", "sum of the gradients"),
+        (data, "pixels", "pixels to float32"),
+        (fpnl, "adamw", "AdamW"),
+        (fpnl, "es_gradient", "predictions, gradient products"),
+        (fpnl, "mutation_signs", "random signs"),
+        (fpnl, "_forward_columns", "forward"),
+        (fpnl, "_loss_differences", "members of layer {}: products and additions"),
+        (fpnl, "_activate", "the flush"),
+        (fpnl, "_losses", "cross-entropy of the members"),
+    ]
+    spent, inside = collections.Counter(), [0.0]
+
+    def timed(original, part):
+        def call(*args, **options):
+            inside.append(0.0)
+            start = time.perf_counter()
+            result = original(*args, **options)
+            whole = time.perf_counter() - start
+            spent[part.format(args[4] + 1) if "{}" in part else part] += whole - inside.pop()
+            inside[-1] += whole
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for module, name, part in parts:
+            stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part)))
+        for _ in range(5):
+            function()
+    return collections.Counter({part: time / spent.total() for part, time in spent.items()})
+
+
+def scaling():
+    of_job = job("--workers 2")
+    with train.workers(*of_job) as run:
+        two, one = in_turn(functools.partial(one_step, run=run, workers=2), one_step)
+    print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
+    rng = np.random.default_rng(0)
+
+    def gradient(n, width):
+        params = fpnl.init(rng, (784, width, width, 10))
+        x, labels = data.pixels(train.job.sets[0][:n]), train.job.sets[1][:n]
+        return functools.partial(fpnl.es_gradient, params, x, labels, rng, block=of_job[0].block, ftz=train.ftz())
+
+    for what, values, cases in (
+        ("batch", (128, 256, 512, 1024), [gradient(n, 512) for n in (128, 256, 512, 1024)]),
+        ("width", (256, 512, 1024, 2048), [gradient(128, width) for width in (256, 512, 1024, 2048)]),
+    ):
+        times = in_turn(*cases, rounds=5)
+        relative = [ratio(times_of, times[0]) for times_of in times]
+        exponent = np.polyfit(np.log(values), np.log(relative), 1)[0]
+        print(f"{what} {', '.join(map(str, values))}: ", end="")
+        print(f"{', '.join(f'{r:.2f}' for r in relative)} of the first time; exponent {exponent:.2f}")
+
+
+def memory():
+    """Peak of the sum over all processes of what each has of its own and its part of what they share."""
+    command = [sys.executable, train.__file__, "--epochs", "0.2", "--reports", "1", "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, sum(map(proportional_bytes, family(process.pid))))
+            time.sleep(0.05)
+    print(f"`train.py`, {train.cores()} workers: peak memory {peak / 1e6:.0f} MB")
+
+
+def family(pid):
+    """A process and all that descend from it."""
+    with contextlib.suppress(OSError):
+        yield pid
+        for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from family(int(child))
+
+
+def proportional_bytes(pid):
+    with contextlib.suppress(OSError):  # it may have ended
+        return int(pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024
+    return 0
 
 
 if __name__ == "__main__":
-    print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}")
-    arithmetic()
+    print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}, {train.cpu()}")
+    for section in sys.argv[1:] or ("arithmetic", "step", "scaling", "memory"):
+        print(f"\n--- {section}")
+        globals()[section]()
