@@ -763,6 +763,15 @@ def test_fast_members_of_the_real_network(mnist):
         assert same.mean() > 0.95
 
 
+def test_signs_are_independent_fair_coins():
+    signs = fpnl.mutation_signs(RNG(0), 301, 1003)
+    assert signs.shape == (301, 1003) and signs.dtype == np.float32 and set(np.unique(signs)) == {-1, 1}
+    for pairs in (signs, signs[1:] * signs[:-1], signs[:, 1:] * signs[:, :-1], signs[:, 8:] * signs[:, :-8]):
+        assert abs(pairs.mean()) < 4 / np.sqrt(pairs.size)
+    assert fpnl.mutation_signs(RNG(0), 1, 1).shape == (1, 1)
+    assert not np.array_equal(signs, fpnl.mutation_signs(RNG(1), 301, 1003))
+
+
 @pytest.mark.parametrize("ftz", [True, pytest.param("hardware", marks=needs_hardware)])
 def test_the_dead_zone_is_the_scaling_of_the_network(ftz):
     """In units of 1/S, for all significands in the binades around 1/2 and both signs."""
@@ -1559,13 +1568,21 @@ def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
     assert 200 < loaded < 800
 
 
-def test_the_benchmark_runs(monkeypatch, capsys):
+def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     from docs import benchmark
 
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
     benchmark.arithmetic(n=1000)
     rows = capsys.readouterr().out.splitlines()[1:]
     assert len(rows) == 9 and all(float(row.split()[-1]) > 0 for row in rows)
+    small = f"--data {slice_of_mnist} --hidden 24 16 --batch 128"
+    benchmark.step(small)
+    benchmark.scaling(small, batches=(32, 64), widths=(16, 32))
+    benchmark.memory(f"{small} --epochs 0.1")
+    out = capsys.readouterr().out
+    parts = [float(row.split()[-1]) for row in out.splitlines() if re.fullmatch(r"  \w.* \d+\.\d", row)]
+    assert len(parts) == 12 and sum(parts) == pytest.approx(100, abs=1)
+    assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
 
 
 def test_the_benchmark_counts_every_multiplication(monkeypatch):

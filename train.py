@@ -2,6 +2,8 @@
 """Train a network of matrix products and additions on MNIST by evolution strategies.
 
     python train.py                      # the main job: all cores, ends on its own
+    python train.py --preset best        # the same for longer
+    python train.py --until-test 0.967   # stops when it is as good as the post's network
     python train.py --save weights.npz   # keeps W1, b1, W2, b2, W3, b3, at every report
     python train.py --resume weights.npz --save weights.npz     # goes on where that stopped
     python train.py --evaluate weights.npz                      # accuracy, confusions, recalls
@@ -44,7 +46,7 @@ import fpnl
 MIN_SLICE, MAX_SLICES = 128, 32  # examples in a task at least; tasks a step at most (2.7 MB of gradient each)
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
-PRESETS = {"best": {"epochs": 200}}
+PRESETS = {"best": {"epochs": 100, "block": 4}}
 RUNS = pathlib.Path(__file__).resolve().parent / "docs" / "runs"  # where --compare writes
 
 
@@ -85,21 +87,23 @@ def ftz():
     return {"emulated": True, "hardware": "hardware", "off": False}[job.args.flush]
 
 
-def gradient(step, s):
-    """Slice s of a step's batch -> its share of the step's gradient."""
+def gradient(step, part, parts):
+    """A part of the slices of a step's batch, each to its share of the step's gradient."""
     args, slices = job.args, len(job.gradients)
     start = step * args.batch % (len(job.order) // args.batch * args.batch)
     batch = job.order[start : start + args.batch]
-    rows = batch[s * args.batch // slices : (s + 1) * args.batch // slices]
-    params, x, y = as_params(job.weights, job.sizes), data.pixels(job.sets[0][rows]), job.sets[1][rows]
-    if args.method == "es":
-        rng = np.random.default_rng((args.seed, 2, step, s))
-        grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz())
-    else:
-        grads = backprop(params, x, y)
-    for to, values in zip(as_params(job.gradients[s], job.sizes), grads):
-        for array, value in zip(to, values):
-            np.multiply(value, np.float32(len(rows) / args.batch), out=array)
+    params = as_params(job.weights, job.sizes)
+    for s in range(part * slices // parts, (part + 1) * slices // parts):
+        rows = batch[s * args.batch // slices : (s + 1) * args.batch // slices]
+        x, y = data.pixels(job.sets[0][rows]), job.sets[1][rows]
+        if args.method == "es":
+            rng = np.random.default_rng((args.seed, 2, step, s))
+            grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz())
+        else:
+            grads = backprop(params, x, y)
+        for to, values in zip(as_params(job.gradients[s], job.sizes), grads):
+            for array, value in zip(to, values):
+                np.multiply(value, np.float32(len(rows) / args.batch), out=array)
 
 
 def backprop(params, x, labels):
@@ -134,7 +138,7 @@ def outputs(params, x):
     return hs
 
 
-def update(step, lr, part, parts):
+def update(step, part, parts, lr):
     """AdamW on a part of the weights: elementwise, so the parts do not change the result."""
     count = job.weights.size
     for start in range(part * count // parts, (part + 1) * count // parts, CHUNK):
@@ -162,7 +166,7 @@ def train(args):
     join(*of_job)
     first, before = begin()
 
-    images, slices = len(job.order), len(job.gradients)
+    images = len(job.order)
     steps_per_epoch = images // args.batch
     steps = round(args.epochs * steps_per_epoch)
     mark = math.inf if args.until_test is None else args.until_test
@@ -203,8 +207,8 @@ def train(args):
                 order = np.random.default_rng((args.seed, 1, step // steps_per_epoch))
                 job.order[...] = order.permutation(len(job.order))
             lr = args.lr * (1 + math.cos(math.pi * step / steps)) / 2
-            each(run, gradient, [(step, s) for s in range(slices)])
-            each(run, update, [(step, lr, part, args.workers) for part in range(args.workers)])
+            each(run, gradient, [(step, part, args.workers) for part in range(args.workers)])
+            each(run, update, [(step, part, args.workers, lr) for part in range(args.workers)])
     seconds = before + time.perf_counter() - began
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {seconds:.0f}", flush=True)
     return trained, held
@@ -480,26 +484,27 @@ def new_file(text):
 def parse_args(argv=None):
     count, size, path = number(int, 1), number(float, 0), {"type": pathlib.Path, "metavar": "FILE.npz"}
     flush = "hardware" if has_hardware_ftz() else "emulated"
+    best = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in PRESETS["best"].items())
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=Formatter)
     # fmt: off
     group = parser.add_argument_group("data").add_argument
-    group("--preset", choices=PRESETS, help="other defaults; best: a longer schedule")
     group("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
     group("--validation", type=number(int, 0), default=0, metavar="N", help="hold out the last N training images")
     group = parser.add_argument_group("training").add_argument
+    group("--preset", choices=PRESETS, help=f"other defaults; best: {best}")
     group("--hidden", type=count, nargs="*", default=list(fpnl.SIZES[1:-1]), metavar="N", help="hidden layers")
     group("--method", choices=METHODS, default="es", help="es, or a control by reverse mode (see backprop)")
-    group("--epochs", type=size, default=28, help="passes over the training images; fractions too, 0 evaluates")
+    group("--epochs", type=size, default=30, help="passes over the training images; fractions too, 0 evaluates")
     group("--batch", type=count, default=512, help="images a step")
     group("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
-    group("--block", type=count, default=4, help="units mutated together where that is cheaper: in the first layer")
+    group("--block", type=count, default=8, help="units mutated together: more, and a step is quicker and noisier")
     group("--lr", type=size, default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
-    group("--weight-decay", type=size, default=0.7, help="AdamW's decoupled decay")
+    group("--weight-decay", type=size, default=1.0, help="AdamW's decoupled decay")
     group("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
     group("--flush", choices=FLUSHES, default=flush, help="to zero: in NumPy or by the CPU (same bits), or not")
     group = parser.add_argument_group("running").add_argument
     group("--workers", type=count, default=cores(), help="processes; does not change the result")
-    group("--reports", type=count, default=20, help="rows of the table")
+    group("--reports", type=count, default=15, help="rows of the table")
     group("--until-test", type=size, metavar="ACC", help="stop at the first report from this test accuracy on")
     group("--quiet", action="store_true", help="print the result alone")
     group("--log", type=new_file, metavar="FILE.csv", help="write a row a report here")

@@ -101,13 +101,12 @@ def job(options=""):
 
 
 def one_step(number=20, run=map, workers=1):
-    args, slices = train.job.args, len(train.job.gradients)
-    train.each(run, train.gradient, [(number, s) for s in range(slices)])
-    train.each(run, train.update, [(number, args.lr, part, workers) for part in range(workers)])
+    train.each(run, train.gradient, [(number, part, workers) for part in range(workers)])
+    train.each(run, train.update, [(number, part, workers, train.job.args.lr) for part in range(workers)])
 
 
-def step():
-    args, _, sizes, _ = job()
+def step(options=""):
+    args, _, sizes, _ = job(options)
     A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
     work, product = multiplications(sizes, args.block) * args.batch, 2 * 512**3
     count = max(1, round(work / 20 / product))  # products that take some milliseconds
@@ -187,32 +186,38 @@ def shares(function):
     return collections.Counter({part: time / spent.total() for part, time in spent.items()})
 
 
-def scaling():
-    of_job = job("--workers 2")
+def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):
+    of_job = job(f"--workers 2 {options}")
     with train.workers(*of_job) as run:
-        two, one = in_turn(functools.partial(one_step, run=run, workers=2), one_step)
-    print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
-    rng = np.random.default_rng(0)
 
-    def gradient(n, width):
-        params = fpnl.init(rng, (784, width, width, 10))
-        x, labels = data.pixels(train.job.sets[0][:n]), train.job.sets[1][:n]
-        return functools.partial(fpnl.es_gradient, params, x, labels, rng, block=of_job[0].block, ftz=train.ftz())
+        def steps(run=map, workers=1):
+            for _ in range(4):
+                one_step(run=run, workers=workers)
+
+        two, one = in_turn(functools.partial(steps, run, 2), steps)
+    print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
+    images, labels = data.pixels(train.job.sets[0][: max(batches)]), train.job.sets[1]
+
+    def gradients(n, width):
+        """Of always the same examples, in batches of n, so that all cases find the caches alike."""
+        params, rng = fpnl.init(np.random.default_rng(0), (784, width, width, 10)), np.random.default_rng(0)
+        for start in range(0, len(images), n):
+            x, y = images[start : start + n], labels[start : start + n]
+            fpnl.es_gradient(params, x, y, rng, block=of_job[0].block, ftz=train.ftz())
 
     for what, values, cases in (
-        ("batch", (128, 256, 512, 1024), [gradient(n, 512) for n in (128, 256, 512, 1024)]),
-        ("width", (256, 512, 1024, 2048), [gradient(128, width) for width in (256, 512, 1024, 2048)]),
+        ("batch", batches, [functools.partial(gradients, n, 512) for n in batches]),
+        ("width", widths, [functools.partial(gradients, 128, width) for width in widths]),
     ):
         times = in_turn(*cases, rounds=5)
-        relative = [ratio(times_of, times[0]) for times_of in times]
-        exponent = np.polyfit(np.log(values), np.log(relative), 1)[0]
-        print(f"{what} {', '.join(map(str, values))}: ", end="")
-        print(f"{', '.join(f'{r:.2f}' for r in relative)} of the first time; exponent {exponent:.2f}")
+        each = [ratio(case, times[1]) for case in times]
+        print(f"time an example, {what} {', '.join(map(str, values))}: {', '.join(f'{r:.2f}' for r in each)}", end="")
+        print(f"; exponent of the last doubling {math.log2(each[-1] / each[-2]):.2f}")
 
 
-def memory():
+def memory(options="--epochs 0.2"):
     """Peak of the sum over all processes of what each has of its own and its part of what they share."""
-    command = [sys.executable, train.__file__, "--epochs", "0.2", "--reports", "1", "--quiet"]
+    command = [sys.executable, train.__file__, "--reports", "1", "--quiet", *options.split()]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         peak = 0
         while process.poll() is None:
