@@ -337,6 +337,8 @@ def _check(params, x):
 #      the change of a unit's output, x W . slopes, is noise to the others of its block. So every unit is
 #      given what is predicted for itself, and only what is left of the difference is given to all (a
 #      control variate: it has no part in the expectation, whether the prediction is good or not).
+# With `jitter`, all this happens in a network of the example's own, every unit of it mutated once, and the
+# same, for all its members: the loss is smoothed over that, which keeps units away from their thresholds.
 
 
 def mutation_signs(rng, width, n):
@@ -358,23 +360,45 @@ def mutated(params, l, J, step):
     return [*params[:l], (W, b), *params[l + 1 :]]
 
 
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
+def jittered(params, x, shifts, ftz):
+    """A copy of params for one example x [1, inputs], mutated in each layer along the input that the
+    example brings there, so that the layer's sums move by its shift [width]."""
+    for l, shift in enumerate(shifts):
+        a = _layer_input(params, x, l, ftz)
+        if np.any(a) and np.any(shift):
+            params = mutated(params, l, slice(None), np.outer(a / (a @ a), shift))
+    return params
+
+
+def _layer_input(params, x, l, ftz):
+    """Input of layer l for one example, with the 1 of the bias if that acts: [fan_in + 1]."""
+    a = activations(params, x, ftz)[l - 1][0] * SCALE if l else x[0]
+    return np.append(a, float32(_bias_acts(l, ftz)))
+
+
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0):
     """`es_gradient` as stated above: each member is a network with literally mutated weights."""
     n, grads, predicted = len(x), [], 0  # predicted: loss per change of an output, [width, n]
-    inputs = [x] + [h * SCALE for h in activations(params, x, ftz)]
+    examples = [x[i : i + 1] for i in range(n)]
+    shifts = [[] for _ in examples]
+    for l, (_, b) in enumerate(params):
+        signs = mutation_signs(rng, len(b), n) if jitter else np.zeros((len(b), n), float32)
+        for i in range(n):
+            a = _layer_input(jittered(params, examples[i], shifts[i], ftz), examples[i], l, ftz)
+            shifts[i].append(float32(jitter) * np.linalg.norm(a) * signs[:, i])
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
         W, b = params[l]
         signs = mutation_signs(rng, len(b), n)
         predicted, slopes = np.zeros_like(signs) + predicted, np.empty_like(signs)
         dW, db = np.zeros_like(W), np.zeros_like(b)
         for i, J in [(i, slice(j, j + k)) for i in range(n) for j in range(0, len(b), k)]:
-            a = np.append(inputs[l][i], float32(_bias_acts(l, ftz)))
+            a = _layer_input(jittered(params, examples[i], shifts[i], ftz), examples[i], l, ftz)
             size = np.maximum(np.linalg.norm(a), float32(0.5))
             e = signs[J, i]
             step = np.outer(a / size, float32(sigma) * e)
-            mutants = [mutated(params, l, J, s) for s in (step, -step)]
-            L = [loss(forward(mutant, x[i : i + 1], ftz), labels[i : i + 1]) for mutant in mutants]
-            h = [activations(mutant, x[i : i + 1], ftz)[l][0, J] * SCALE for mutant in mutants]
+            mutants = [jittered(mutated(params, l, J, s), examples[i], shifts[i], ftz) for s in (step, -step)]
+            L = [loss(forward(mutant, examples[i], ftz), labels[i : i + 1]) for mutant in mutants]
+            h = [activations(mutant, examples[i], ftz)[l][0, J] * SCALE for mutant in mutants]
             own = predicted[J, i] * (h[0] - h[1])
             rest = L[0] - L[1] - own.sum()
             slopes[J, i] = (own + rest * (h[0] != h[1])) * e / float32(2 * sigma * size)
@@ -385,7 +409,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
     return grads
 
 
-def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
+def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0):
     """Evolution-strategies estimate of the gradient of the loss, ready for descent.
 
     The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
@@ -399,6 +423,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
     sigma : size of a mutation of a unit's weights (Euclidean norm), > 0.
     block : units mutated together, >= 1; the variance of the estimate grows and its cost falls with it.
     ftz : as in `forward`; "hardware" gives the same bits as True, faster.
+    jitter : size of the mutation, as sigma, of the network in which an example's members are evaluated, >= 0.
 
     Returns
     -------
@@ -407,22 +432,21 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
 
     Raises
     ------
-    TypeError : not float32. ValueError : shapes that do not fit; sigma, block or labels out of range.
+    TypeError : not float32. ValueError : shapes that do not fit; sigma, block, jitter or labels out of range.
     """
     _check(params, x)
     n, classes = len(x), len(params[-1][1])
     if not 0 < float32(sigma) < np.inf or block < 1:
         raise ValueError(f"expected a finite sigma > 0 and block >= 1, found {sigma} and {block}")
+    if not 0 <= float32(jitter) < np.inf:
+        raise ValueError(f"expected a finite jitter >= 0, found {jitter}")
     if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
         raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")
-    layers, sums, outputs = _forward_columns(params, x, ftz)
-    inputs, grads, predicted = [x.T, *outputs[:-1]], [], float32(0)
+    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter)
+    grads, predicted = [], float32(0)
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
-        # |a|; without its bias a layer's input is 0, where no mutation has an effect, or at least 1/2.
-        bias = float32(_bias_acts(l, ftz))
-        size = np.sqrt(np.square(inputs[l]).sum(axis=0) + bias)
         step = mutation_signs(rng, len(sums[l]), n)
-        step *= float32(sigma) * np.maximum(size, float32(0.5))
+        step *= float32(sigma) * sizes[l]
         h = _activate(layers[l], np.concatenate([sums[l] + step, sums[l] - step], axis=1), ftz) * _unit(ftz)
         up, down = h[:, :n], h[:, n:]
         own = predicted * (up - down)
@@ -432,7 +456,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True):
         slopes = own + np.repeat(rest, k, axis=0)[: len(own)] * (up != down)
         slopes /= 2 * step
         delta = slopes / float32(n)
-        grads.insert(0, (inputs[l] @ delta.T, bias * delta.sum(axis=1)))
+        grads.insert(0, (inputs[l] @ delta.T, float32(_bias_acts(l, ftz)) * delta.sum(axis=1)))
         predicted = params[l][0] @ slopes if l else None
     return grads
 
@@ -450,22 +474,29 @@ def _unit(ftz):
     return SCALE if ftz == "hardware" else float32(1)
 
 
-def _forward_columns(params, x, ftz):
-    """The layers, then the sums of each (before the flush) and the outputs, in units of 1/S and an
-    example a column: the layout in which BLAS is fastest on narrow products."""
-    layers, sums, outputs = [], [], []
+def _forward_columns(params, x, rng, ftz, jitter):
+    """The layers, then the inputs of each, their sizes, sums (before the flush) and outputs, in units of
+    1/S and an example a column: the layout in which BLAS is fastest on narrow products."""
+    layers, inputs, sizes, sums, outputs = [], [], [], [], []
     a = x.T
     for l, (W, b) in enumerate(params):
-        W, b = W.T, b[:, None]
-        layer = _Layer(W, None, b if _bias_acts(l, ftz) else None, None)
-        if layer.bias is None and np.any(flushed := _activate(layer, b.copy(), ftz)):  # 0 until |b| >= 1/2
+        W, b, acts = W.T, b[:, None], _bias_acts(l, ftz)
+        # |a|; without its bias a layer's input is 0, where no mutation has an effect, or at least 1/2.
+        size = np.maximum(np.sqrt(np.square(a).sum(axis=0) + float32(acts)), float32(0.5))
+        bias = b if acts else None
+        if jitter:
+            bias = b * float32(acts) + mutation_signs(rng, len(W), len(x)) * (float32(jitter) * size)
+        layer = _Layer(W, None, bias, None)
+        if not acts and np.any(flushed := _activate(layer, b.copy(), ftz)):  # 0 until |b| >= 1/2
             layer = layer._replace(flushed_bias=flushed)
+        inputs.append(a)
+        sizes.append(size)
         sums.append(_sums(layer, a))
         outputs.append(a := _activate(layer, sums[l].copy(), ftz) * _unit(ftz))
         if l > 1 and ftz == "hardware":  # members get there with outputs at their true size, S times smaller:
             layer = layer._replace(W=W * float32(2.0**64), gain=float32(2.0**61))  # at once, W might overflow
         layers.append(layer)
-    return layers, sums, outputs
+    return layers, inputs, sizes, sums, outputs
 
 
 def _sums(layer, a):
@@ -476,6 +507,13 @@ def _sums(layer, a):
     if layer.bias is not None:
         z += layer.bias
     return z
+
+
+def _columns(layer, columns):
+    """The layer for some of the examples."""
+    if layer.bias is None or layer.bias.shape[1] == 1:
+        return layer
+    return layer._replace(bias=layer.bias[:, columns])
 
 
 def _activate(layer, z, ftz):
@@ -511,6 +549,7 @@ def _loss_differences(params, layers, sums, outputs, l, k, changes, labels, ftz)
     for i in range(0, n, columns):
         tile = slice(i, i + columns)
         y, unchanged = np.tile(labels[tile], 2), np.tile(base[:, tile], 2)
+        above = [_columns(layer, np.tile(np.arange(n)[tile], 2)) for layer in layers[l + 2 :]]
         change = _in_blocks(changes[:, :, tile].reshape(-1, len(y)), k)  # [blocks, k, 2m]
         few = max(1, _TILE // unchanged.size)  # blocks whose next layer fits a buffer
         many = few * max(1, _TILE // (few * classes * len(y)))  # blocks whose logits do
@@ -521,8 +560,8 @@ def _loss_differences(params, layers, sums, outputs, l, k, changes, labels, ftz)
                 J = slice(j, min(j + few, stop))
                 z = times(W[J], change[J], out=buffer[: J.stop - j])
                 z += unchanged
-                for d in range(l + 1, depth - 1):
-                    z = _sums(layers[d + 1], _activate(layers[d], z, ftz))
+                for below, layer in zip(layers[l + 1 :], above):
+                    z = _sums(layer, _activate(below, z, ftz))
                 logits[j - start : J.stop - start] = z
             o = logits[: stop - start]
             if l + 1 < depth:

@@ -720,6 +720,9 @@ def test_shapes_that_do_not_fit_are_refused():
     for options in ({"sigma": 0}, {"sigma": np.inf}, {"sigma": np.nan}, {"block": 0}):
         with pytest.raises(ValueError, match="sigma > 0 and block >= 1"):
             fpnl.es_gradient(params, x, labels, RNG(0), **options)
+    for jitter in (-0.1, np.inf, np.nan):
+        with pytest.raises(ValueError, match="finite jitter >= 0"):
+            fpnl.es_gradient(params, x, labels, RNG(0), jitter=jitter)
     for bad in (labels[:-1], labels + 5, labels - 5):
         with pytest.raises(ValueError, match="labels in"):
             fpnl.es_gradient(params, x, bad, RNG(0))
@@ -739,14 +742,14 @@ def test_loss_and_accuracy():
 
 @pytest.mark.parametrize("ftz", [True, False, pytest.param("hardware", marks=needs_hardware)])
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 64])
-def test_fast_members_are_literally_mutated_networks(sizes, block, ftz, monkeypatch):
+@pytest.mark.parametrize(("block", "jitter"), [(1, 0), (2, 0), (3, 0), (4, 0), (64, 0), (1, 0.02), (3, 0.2)])
+def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, ftz, monkeypatch):
     """`es_gradient` against `es_gradient_plain`, also in tiles and groups of the smallest size."""
     params, x, labels = example(sizes, n=7, seed=len(sizes))
-    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, ftz)
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, ftz, jitter)
     for tile in (fpnl._TILE, 100, 1):
         monkeypatch.setattr(fpnl, "_TILE", tile)
-        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, ftz)
+        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, ftz, jitter)
         for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
@@ -790,12 +793,13 @@ def test_large_logits_do_not_overflow():
         assert all(np.isfinite(a).all() for a in layer)
 
 
-def test_live_later_biases_count():
+@pytest.mark.parametrize("jitter", [0, 0.1])
+def test_live_later_biases_count(jitter):
     """A later bias of 1/2 or more is part of the network that the members are."""
     params, x, labels = example((12, 10, 9, 5))
     params = [params[0]] + [(W, np.linspace(-1.5, 1.5, len(b), dtype=np.float32)) for W, b in params[1:]]
-    plain = fpnl.es_gradient_plain(params, x, labels, RNG(6), block=4)
-    fast = fpnl.es_gradient(params, x, labels, RNG(6), block=4)
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(6), block=4, jitter=jitter)
+    fast = fpnl.es_gradient(params, x, labels, RNG(6), block=4, jitter=jitter)
     for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
@@ -1110,7 +1114,8 @@ def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run,
 
 
 @pytest.mark.parametrize(
-    "options", [["--seed", 4], ["--sigma", 0.03], ["--block", 9], ["--lr", 2e-3], ["--flush", "off"]]
+    "options",
+    [["--seed", 4], ["--sigma", 0.03], ["--block", 9], ["--jitter", 0.01], ["--lr", 2e-3], ["--flush", "off"]],
 )
 def test_options_reach_the_run(slice_of_mnist, tmp_path, options):
     run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, "--save", tmp_path / "w.npz")
@@ -1186,6 +1191,7 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
         (["--batch", 0], "argument --batch: expected a finite number from 1, found 0"),
         (["--batch", 60001], "--batch: expected at most the 60000 training images, found 60001"),
         (["--validation", 60000], "--validation: expected fewer than 60000 images, found 60000"),
+        (["--jitter", -0.1], "argument --jitter: expected a finite number from 0, found -0.1"),
         (["--epochs", -1], "argument --epochs: expected a finite number from 0, found -1"),
         (["--epochs", "inf"], "argument --epochs: expected a finite number from 0, found inf"),
         (["--lr", "-0.1"], "argument --lr: expected a finite number from 0, found -0.1"),
@@ -1391,7 +1397,7 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path):
     run(*small, "--epochs", 1, "--save", path)
     for options, says in (
         (["--lr", 0.5], "--lr: expected 0.001 as in"),
-        (["--weight-decay", 0], "--weight-decay: expected 0.7 as in"),
+        (["--weight-decay", 0], "--weight-decay: expected 1.0 as in"),
         (["--hidden", 24], "--hidden: expected [24, 24] as in"),
         (["--flush", "off"], "--flush: expected on as in"),
         (["--data", data.MNIST], "--data: expected "),

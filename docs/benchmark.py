@@ -196,7 +196,7 @@ def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 102
 
         two, one = in_turn(functools.partial(steps, run, 2), steps)
     print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
-    images, labels = data.pixels(train.job.sets[0][: max(batches)]), train.job.sets[1]
+    images, labels = data.pixels(train.job.sets[0][: max(batches)]), train.job.sets[1][: max(batches)]
 
     def gradients(n, width):
         """Of always the same examples, in batches of n, so that all cases find the caches alike."""
