@@ -333,10 +333,10 @@ def _check(params, x):
 #      Mutations across a change nothing, so mutate along it: W[:, j] +- sigma a/|a|, z_j +- sigma |a|.
 #   3. A member mutates a block of k units of one layer, signs e at random, against its mirror image -e.
 #   4. A unit whose output is the same in both has no part in their difference: its estimate is 0.
-#   5. The layer above is measured first: slopes, the loss per change of its sums. What they predict from
-#      the change of a unit's output, x W . slopes, is noise to the others of its block. So every unit is
-#      given what is predicted for itself, and only what is left of the difference is given to all (a
-#      control variate: it has no part in the expectation, whether the prediction is good or not).
+#   5. The layer above is measured first. With its slopes, the loss per change of its sums, a change c of the
+#      output of unit j predicts the difference c (W slopes)_j. Every unit gets what is predicted for itself,
+#      and only what all predictions leave of the measured difference goes to all units of the block: a
+#      control variate, which takes noise away and leaves the expectation alone, however good or bad it is.
 # With `jitter`, all this happens in a network of the example's own, every unit of it mutated once, and the
 # same, for all its members: the loss is smoothed over that, which keeps units away from their thresholds.
 
