@@ -46,7 +46,7 @@ import fpnl
 MIN_SLICE, MAX_SLICES = 128, 32  # examples in a task at least; tasks a step at most (2.7 MB of gradient each)
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
-PRESETS = {"best": {"epochs": 100, "block": 4}}
+PRESETS = {"best": {"epochs": 80, "block": 4, "jitter": 0.01}}
 RUNS = pathlib.Path(__file__).resolve().parent / "docs" / "runs"  # where --compare writes
 
 
