@@ -1583,6 +1583,7 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     assert len(rows) == 9 and all(float(row.split()[-1]) > 0 for row in rows)
     small = f"--data {slice_of_mnist} --hidden 24 16 --batch 128"
     benchmark.step(small)
+    benchmark.noise(small, steps=(0, 1), batches=2)
     benchmark.scaling(small, batches=(32, 64), widths=(16, 32))
     benchmark.memory(f"{small} --epochs 0.1")
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Ratios, measured side by side in one run: `python docs/benchmark.py [arithmetic|step|scaling|memory ...]`.
+"""Ratios, measured side by side in one run: `python docs/benchmark.py [arithmetic|step|noise|scaling|memory ...]`.
 
 What is compared takes turns, and the figure is the median of the ratios of neighbours: on a noisy machine
 times drift, ratios hold. Everything but the workers and the memory is measured on one core.
@@ -6,6 +6,7 @@ times drift, ratios hold. Everything but the workers and the memory is measured 
 arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
 step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices,
       the share of each of its parts, and against the emulated flush, backprop and the plain statement.
+noise: of the estimate, by the size of the blocks and the progress of the training.
 scaling: with the batch, the width and the workers.
 memory: of all processes of `python train.py`, by their proportional shares (Linux).
 """
@@ -89,13 +90,13 @@ def block_sizes(sizes, block):
     return fpnl.block_sizes([(None, range(width)) for width in sizes[1:]], block)
 
 
-def job(options=""):
+def job(options="", steps=20):
     """The main job in this process, for one worker, some steps after its start: all that `join` takes."""
     of_job, _ = train.prepare(train.parse_args(["--workers", "1", *options.split()]))
     train.join(*of_job)
     train.begin()
     train.job.order[...] = np.random.default_rng(0).permutation(len(train.job.order))
-    for i in range(20):
+    for i in range(steps):
         one_step(i)
     return of_job
 
@@ -186,6 +187,35 @@ def shares(function):
     return collections.Counter({part: time / spent.total() for part, time in spent.items()})
 
 
+def noise(options="", steps=(0, 30, 120, 480), batches=12):
+    """Standard deviation of the gradient over the mutations, in units of that over the batches."""
+    args, _, sizes, _ = job(options, steps=0)
+    images, labels = train.job.sets[:2]
+    params = train.as_params(train.job.weights, sizes)
+    print("steps of training, layer, then the noise with blocks of 1, 2, 4, 8, 16")
+    for done, target in itertools.pairwise((0, *steps)):
+        for number in range(done, target):
+            one_step(number)
+        ratios = []
+        for block in (1, 2, 4, 8, 16):
+            drawn = []  # [batches][2 draws of mutations][layers]
+            for i in range(batches):
+                rows = slice(i * args.batch, (i + 1) * args.batch)
+                x, y = data.pixels(images[rows]), labels[rows]
+                rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
+                draws = [fpnl.es_gradient(params, x, y, rng, args.sigma, block, train.ftz()) for rng in rngs]
+                drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
+            for_layers = []
+            for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(sizes) - 2)):
+                by_mutation = sum(np.sum((u - v) ** 2) for u, v in zip(a, b)) / 2 / batches
+                mean = sum(a) / batches
+                of_both = sum(np.sum((u - mean) ** 2) for u in a) / (batches - 1)
+                for_layers.append(math.sqrt(by_mutation / max(of_both - by_mutation, 1e-30)))
+            ratios.append(for_layers)
+        for l, row in enumerate(zip(*ratios)):
+            print(f"{target:6} {l + 1:6}      " + "".join(f"{value:8.2f}" for value in row))
+
+
 def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):
     of_job = job(f"--workers 2 {options}")
     with train.workers(*of_job) as run:
@@ -242,6 +272,6 @@ def proportional_bytes(pid):
 
 if __name__ == "__main__":
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}, {train.cpu()}")
-    for section in sys.argv[1:] or ("arithmetic", "step", "scaling", "memory"):
+    for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory"):
         print(f"\n--- {section}")
         globals()[section]()
