@@ -44,6 +44,7 @@ float32 = np.float32
 TINY = float32(2.0**-126)  # smallest normal float32
 SCALE = float32(2.0**125)  # S: a unit lives at |z| / S >= TINY, that is |z| >= 1/2
 SIZES = (784, 512, 512, 10)
+SLICE = 128  # examples evaluated together: what a task of `es_gradient` has
 
 # --- Flush-to-zero arithmetic -------------------------------------------------------------------
 
@@ -409,7 +410,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jit
     return grads
 
 
-def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0):
+def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, map=map):
     """Evolution-strategies estimate of the gradient of the loss, ready for descent.
 
     The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
@@ -424,6 +425,10 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
     block : units mutated together, >= 1; the variance of the estimate grows and its cost falls with it.
     ftz : as in `forward`; "hardware" gives the same bits as True, faster.
     jitter : size of the mutation, as sigma, of the network in which an example's members are evaluated, >= 0.
+    map : calls a function with each of a list of tasks and returns the results in their order, like the builtin:
+        also the `map` of a pool of threads or processes, of mpi4py.futures, dask or Ray. A task pickles, has
+        SLICE examples and, if there are several, random numbers of its own; their results are added in order.
+        So the bits are the same whatever computes them.
 
     Returns
     -------
@@ -442,13 +447,27 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
         raise ValueError(f"expected a finite jitter >= 0, found {jitter}")
     if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
         raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")
+    starts = range(0, n, SLICE)
+    streams = rng.spawn(len(starts)) if len(starts) > 1 else [rng]
+    tasks = [(params, x[i : i + SLICE], labels[i : i + SLICE], stream) for i, stream in zip(starts, streams)]
+    function = functools.partial(_slice_gradient, n=n, sigma=sigma, block=block, ftz=ftz, jitter=jitter)
+    return functools.reduce(_added, map(function, tasks))
+
+
+def _added(grads, others):
+    return [(dW + dW2, db + db2) for (dW, db), (dW2, db2) in zip(grads, others)]
+
+
+def _slice_gradient(task, n, sigma, block, ftz, jitter):
+    """What some of a batch's n examples have in its gradient."""
+    params, x, labels, rng = task
     layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter)
     grads, predicted = [], float32(0)
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
-        step = mutation_signs(rng, len(sums[l]), n)
+        step = mutation_signs(rng, *sums[l].shape)
         step *= float32(sigma) * sizes[l]
         h = _activate(layers[l], np.concatenate([sums[l] + step, sums[l] - step], axis=1), ftz) * _unit(ftz)
-        up, down = h[:, :n], h[:, n:]
+        up, down = np.split(h, 2, axis=1)
         own = predicted * (up - down)
         changes = np.stack([up - outputs[l], down - outputs[l]], axis=1)
         rest = _loss_differences(params, layers, sums, outputs, l, k, changes, labels, ftz)

@@ -6,12 +6,15 @@ import ctypes
 import functools
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -825,6 +828,7 @@ def test_estimate_is_the_expectation_over_all_signs(monkeypatch):
     of_layer = [np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 4), np.float32)]
     signs = iter([e.T.copy() for e in of_layer[::-1]])  # the last layer draws first
     monkeypatch.setattr(fpnl, "mutation_signs", lambda rng, width, n: next(signs))
+    monkeypatch.setattr(fpnl, "SLICE", 256)
     grads = fpnl.es_gradient(params, np.repeat(x, 256, axis=0), np.repeat(labels, 256), RNG(0), sigma, block=4)
     for l, (dW, db) in enumerate(grads):
         expected = np.zeros((len(params[l][0]) + 1, 4))
@@ -847,6 +851,34 @@ def test_what_the_layer_above_predicts_is_not_noise():
         naive = [naive_slopes(params, x, labels, 0.02, 0, J, e[J], ftz=False) for J in blocks]
         ours = fpnl.es_gradient(params, x, labels, RNG(seed), block=8, ftz=False)[0][0]
         assert np.linalg.norm(ours - exact) < np.linalg.norm(np.concatenate(naive, axis=1)[:-1] - exact) / 20
+
+
+def backwards(function, tasks):
+    return [function(task) for task in reversed(tasks)][::-1]
+
+
+def test_whatever_maps_the_bits_are_the_same():
+    """More than two slices, by every kind of map; and they are the slices' own estimates."""
+    params, x, labels = example(n=2 * fpnl.SLICE + 3)
+    gradient = functools.partial(fpnl.es_gradient, params, x, labels, block=3, jitter=0.05)
+    expected = gradient(RNG(0))
+    with (
+        concurrent.futures.ThreadPoolExecutor(3) as threads,
+        concurrent.futures.ProcessPoolExecutor(2) as processes,
+        multiprocessing.get_context("spawn").Pool(2) as pool,
+    ):
+        for its_map in (threads.map, processes.map, pool.map, pool.imap, backwards):
+            assert_same_params(gradient(RNG(0), map=its_map), expected)
+    starts = range(0, len(x), fpnl.SLICE)
+    parts = [slice(start, start + fpnl.SLICE) for start in starts]
+    each = [
+        fpnl.es_gradient(params, x[part], labels[part], rng, block=3, jitter=0.05)
+        for part, rng in zip(parts, RNG(0).spawn(len(parts)))
+    ]
+    for l, layer in enumerate(expected):
+        for i, array in enumerate(layer):
+            mean = sum(grads[l][i] * (len(x[part]) / len(x)) for grads, part in zip(each, parts))
+            np.testing.assert_allclose(array, mean, rtol=0, atol=1e-5 * max(1, np.abs(mean).max()))
 
 
 def test_gradient_of_a_linear_layer_is_the_analytic_one():
@@ -1103,7 +1135,13 @@ def short_run(slice_of_mnist, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "options", [["--workers", 2], ["--workers", 3], pytest.param(["--flush", "hardware"], marks=needs_hardware)]
+    "options",
+    [
+        ["--workers", 2],
+        ["--workers", 3],
+        ["--engine", "threads", "--workers", 3],
+        pytest.param(["--flush", "hardware"], marks=needs_hardware),
+    ],
 )
 def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run, tmp_path, options):
     run("--data", slice_of_mnist, *SHORT, *options, "--save", tmp_path / "w.npz")
@@ -1377,6 +1415,128 @@ def test_ctrl_c_keeps_the_last_step(small, tmp_path, workers):
     assert child.returncode == 130
     step = int(saved(path)["step"])
     assert errors == f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n"
+
+
+# mpi4py and distributed, started as the README says. On one machine: three MPI processes, two dask workers.
+MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+MPI = [MPIEXEC, "-n", "3", sys.executable, "-u", "-m", "mpi4py.futures", "train.py", "--engine", "mpi"]
+DASK = [sys.executable, "-u", "train.py", "--engine", "dask", "--workers", "2"]
+needs_mpi = pytest.mark.skipif(
+    not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="pip install mpi4py mpich, for this test"
+)
+needs_dask = pytest.mark.skipif(
+    not importlib.util.find_spec("distributed"), reason="pip install distributed, for this test"
+)
+ENGINES = [pytest.param(MPI, marks=needs_mpi), pytest.param(DASK, marks=needs_dask)]
+
+
+def start_command(*command):
+    command = [str(part) for part in command]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run, tmp_path, engine):
+    options = [part for i, part in enumerate(SHORT) if "--workers" not in SHORT[max(0, i - 1) : i + 1]]
+    child = start_command(*engine, "--data", slice_of_mnist, *options, "--save", tmp_path / "w.npz")
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode == 0 and out.splitlines()[-1].startswith("result: ") and "2 workers" in out, errors
+    weights = saved(tmp_path / "w.npz")
+    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
+        assert_same_bits(weights[key], short_run[key])
+
+
+def descendants(pid):
+    with contextlib.suppress(OSError):
+        for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                yield child
+                yield from descendants(child)
+
+
+def worker_processes(child, of):
+    commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(child.pid)}
+    return [pid for pid, command in commands.items() if of in command and b"hydra" not in command]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@needs_dask
+def test_dask_computes_again_what_a_killed_worker_had(small, tmp_path):
+    run(*small, "--save", tmp_path / "whole.npz")
+    child = start_command(*DASK, *small, "--save", tmp_path / "w.npz")
+    for _ in range(6):
+        child.stdout.readline()
+    os.kill(worker_processes(child, b"spawn_main")[-1], signal.SIGKILL)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert "Restarting worker" in errors  # it was killed
+    assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@needs_mpi
+def test_mpi_ends_when_a_worker_is_killed_and_its_checkpoint_resumes(small, tmp_path):
+    run(*small, "--save", tmp_path / "whole.npz")
+    child = start_command(*MPI, *small, "--save", tmp_path / "w.npz")
+    for _ in range(6):
+        child.stdout.readline()
+    os.kill(worker_processes(child, b"mpi4py.futures")[-1], signal.SIGKILL)
+    out, errors = child.communicate(timeout=120)
+    assert child.returncode != 0 and "Killed" in out + errors and "result: " not in out
+    assert 0 <= saved(tmp_path / "w.npz")["step"] < saved(tmp_path / "whole.npz")["step"]
+    run("--data", small[1], "--resume", tmp_path / "w.npz", "--save", tmp_path / "w.npz", "--reports", 60)
+    assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
+
+
+@needs_dask
+def test_a_dask_that_is_there_already(small, tmp_path):
+    run(*small, "--epochs", 2, "--reports", 1, "--save", tmp_path / "whole.npz")
+    code = (
+        "import distributed\nif __name__ == '__main__':\n"
+        " with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:\n"
+        "  print(cluster.scheduler_address, flush=True), input()"
+    )
+    (tmp_path / "cluster.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the workers import train
+    cluster = subprocess.Popen(
+        [sys.executable, tmp_path / "cluster.py"], stdin=-1, stdout=-1, stderr=-1, text=True, env=environment
+    )
+    address = cluster.stdout.readline().strip()
+    options = ["--engine", "dask", "--scheduler", address, "--epochs", 2, "--reports", 1]
+    assert "2 workers" in run(*small, *options, "--save", tmp_path / "w.npz").stdout
+    cluster.communicate("\n", timeout=60)
+    assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "says"),
+    [
+        ("mpi4py", "--engine mpi", "--engine mpi: expected the package mpi4py and an MPI: pip install mpi4py mpich"),
+        ("distributed", "--engine dask", "--engine dask: expected the package distributed: pip install distributed"),
+        (None, "--scheduler tcp://127.0.0.1:9", "argument --scheduler: expected --engine dask beside it"),
+        pytest.param(
+            None,
+            "--engine mpi",
+            "--engine mpi: expected two processes at least, found one: start it by "
+            "mpiexec -n 3 python -m mpi4py.futures train.py --engine mpi",
+            marks=needs_mpi,
+        ),
+        pytest.param(
+            None,
+            "--engine dask --scheduler tcp://127.0.0.1:9",
+            "--scheduler: expected a scheduler with workers at tcp://127.0.0.1:9: start "
+            "dask scheduler, and dask worker ADDRESS where train.py can be imported",
+            marks=needs_dask,
+        ),
+    ],
+)
+def test_an_engine_that_is_not_there_ends_in_one_line(small, tmp_path, missing, options, says):
+    if missing:
+        (tmp_path / f"{missing}.py").write_text("raise ImportError")
+    command = [sys.executable, "train.py", *map(str, small), *options.split()]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {says}\n")
 
 
 def test_a_dead_worker_ends_the_run_and_the_last_report_is_kept(small, tmp_path):

@@ -21,6 +21,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import errno
+import importlib
 import itertools
 import json
 import math
@@ -59,19 +60,15 @@ def join(args, sets, sizes, shared):
     """Enter the job: called once in every worker."""
     global job
     job = types.SimpleNamespace(args=args, sets=sets, sizes=sizes)
-    for name, (array, shape, dtype) in shared.items():
-        setattr(job, name, np.frombuffer(array, dtype).reshape(shape))
+    for name, (array, shape) in shared.items():
+        setattr(job, name, np.frombuffer(array, np.float32).reshape(shape))
 
 
-def share(sizes, slices, examples):
-    """Shared memory for a job: name -> (buffer, shape, dtype)."""
+def share(sizes, slices):
+    """Shared memory for a job: name -> (buffer of float32, shape)."""
     weights = sum((i + 1) * o for i, o in itertools.pairwise(sizes))
-    shapes = {"weights": (weights,), "moments": (2, weights), "gradients": (slices, weights), "order": (examples,)}
-    dtypes = {name: np.dtype(np.int32 if name == "order" else np.float32) for name in shapes}
-    return {
-        name: (multiprocessing.RawArray("b", math.prod(shape) * dtypes[name].itemsize), shape, dtypes[name])
-        for name, shape in shapes.items()
-    }
+    shapes = {"weights": (weights,), "moments": (2, weights), "gradients": (slices, weights)}
+    return {name: (multiprocessing.RawArray("f", math.prod(shape)), shape) for name, shape in shapes.items()}
 
 
 def as_params(flat, sizes):
@@ -87,11 +84,9 @@ def ftz():
     return {"emulated": True, "hardware": "hardware", "off": False}[job.args.flush]
 
 
-def gradient(step, part, parts):
-    """A part of the slices of a step's batch, each to its share of the step's gradient."""
+def gradient(step, batch, part, parts):
+    """A part of the slices of a step's batch (indices of images), each to its share of the step's gradient."""
     args, slices = job.args, len(job.gradients)
-    start = step * args.batch % (len(job.order) // args.batch * args.batch)
-    batch = job.order[start : start + args.batch]
     params = as_params(job.weights, job.sizes)
     for s in range(part * slices // parts, (part + 1) * slices // parts):
         rows = batch[s * args.batch // slices : (s + 1) * args.batch // slices]
@@ -149,12 +144,33 @@ def update(step, part, parts, lr):
         fpnl.adamw(job.weights[chunk], g, *job.moments[:, chunk], step + 1, lr, job.args.weight_decay)
 
 
-def evaluate(which, start):
-    """Up to EVALUATED images of a set -> number, summed loss, number right, live units in each layer."""
-    x, y = (a[start : start + EVALUATED] for a in job.sets[which : which + 2])
-    hs = outputs(as_params(job.weights, job.sizes), data.pixels(x))
-    n = len(y)
-    return n, n * float(fpnl.loss(hs[-1], y)), n * fpnl.accuracy(hs[-1], y), *(n * float(np.mean(h != 0)) for h in hs)
+def evaluate(which, part, parts):
+    """A part of a set, EVALUATED images at a time -> of each, number, summed loss, number right, live units."""
+    results, starts = [], range(0, len(job.sets[which]), EVALUATED)
+    for start in starts[part * len(starts) // parts : (part + 1) * len(starts) // parts]:
+        x, y = (a[start : start + EVALUATED] for a in job.sets[which : which + 2])
+        hs = outputs(as_params(job.weights, job.sizes), data.pixels(x))
+        scores = float(fpnl.loss(hs[-1], y)), fpnl.accuracy(hs[-1], y), *(float(np.mean(h != 0)) for h in hs)
+        results.append((len(y), *(len(y) * score for score in scores)))
+    return results
+
+
+def gradient_there(args, weights, step, batch, part, parts):
+    """`gradient` in a process that shares no memory with the main one: the weights come along, the slices return."""
+    enter(args, weights)
+    gradient(step, batch, part, parts)
+    return job.gradients[part * len(job.gradients) // parts : (part + 1) * len(job.gradients) // parts]
+
+
+def evaluate_there(args, weights, *task):
+    enter(args, weights)
+    return evaluate(*task)
+
+
+def enter(args, weights):
+    if job is None or job.args != args:  # the first task here: this process reads the images itself
+        join(*prepare(args)[0])
+    job.weights[...] = weights
 
 
 # --- The run -----------------------------------------------------------------------------------------
@@ -166,20 +182,21 @@ def train(args):
     join(*of_job)
     first, before = begin()
 
-    images = len(job.order)
+    images = len(job.sets[0])
     steps_per_epoch = images // args.batch
     steps = round(args.epochs * steps_per_epoch)
     mark = math.inf if args.until_test is None else args.until_test
     count = args.reports if args.until_test is None else max(args.reports, math.ceil(2 * args.epochs))
     reports = {first, *(round(i * steps / count) for i in range(count + 1))}
     say = (lambda *_, **__: None) if args.quiet else print
-    say(
-        f"{'-'.join(map(str, job.sizes))} network, {job.weights.size:,} weights; {images:,} images, {steps:,} steps "
-        f"of {args.batch}; {args.method}, seed {args.seed}, flush {args.flush}, {args.workers} workers"
-    )
-    say(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
     began = shown = time.perf_counter()
     with workers(*of_job) as run, open_log(args, held_out) as log, interruptible() as interrupted:
+        say(
+            f"{'-'.join(map(str, job.sizes))} network, {job.weights.size:,} weights; {images:,} images, "
+            f"{steps:,} steps of {args.batch}; {args.method}, seed {args.seed}, flush {args.flush}, "
+            f"{args.workers} workers"
+        )
+        say(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {held_out:>10}   live units{'left':>10}", flush=True)
         for step in range(first, steps + 1):
             seconds = time.perf_counter() - began
             left = f"{seconds * (steps - step) / (step - first):8.0f} s" if step > first else f"{'?':>10}"
@@ -204,11 +221,10 @@ def train(args):
                 done = f"step {step}, epoch {step / steps_per_epoch:.2f}, loss {trained[0]:.4f}"
                 live_line(args, f"{done}, {(step - first) * args.batch / seconds:.0f} images/s,{left} left")
             if step % steps_per_epoch == 0 or step == first:
-                order = np.random.default_rng((args.seed, 1, step // steps_per_epoch))
-                job.order[...] = order.permutation(len(job.order))
+                order = np.random.default_rng((args.seed, 1, step // steps_per_epoch)).permutation(images)
+            start = step % steps_per_epoch * args.batch
             lr = args.lr * (1 + math.cos(math.pi * step / steps)) / 2
-            each(run, gradient, [(step, part, args.workers) for part in range(args.workers)])
-            each(run, update, [(step, part, args.workers, lr) for part in range(args.workers)])
+            descend(run, step, order[start : start + args.batch], lr)
     seconds = before + time.perf_counter() - began
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {seconds:.0f}", flush=True)
     return trained, held
@@ -219,7 +235,7 @@ def prepare(args):
     sets, held_out = load(args)
     sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
     slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
-    return (args, sets, sizes, share(sizes, slices, len(sets[0]))), held_out
+    return (args, sets, sizes, share(sizes, slices)), held_out
 
 
 def begin():
@@ -303,13 +319,55 @@ def load(args):
 
 @contextlib.contextmanager
 def workers(args, *of_job):
-    """The job's workers as a function with the signature of `map`."""
-    if args.workers == 1:
+    """The workers of the job, as a function with the signature of `map`; args.workers becomes their number."""
+    if args.engine == "mpi":
+        with mpi_pool(args) as pool:
+            yield pool.map
+    elif args.engine == "dask":
+        with dask_client(args) as client:
+            yield client.get_executor(pure=False).map
+    elif args.workers == 1:
         yield map
-        return
-    initargs = args, *of_job
-    with concurrent.futures.ProcessPoolExecutor(args.workers, initializer=join_quietly, initargs=initargs) as pool:
-        yield pool.map
+    elif args.engine == "threads":
+        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+            yield pool.map
+    else:
+        initargs = args, *of_job
+        with concurrent.futures.ProcessPoolExecutor(args.workers, initializer=join_quietly, initargs=initargs) as pool:
+            yield pool.map
+
+
+def mpi_pool(args):
+    try:
+        from mpi4py import MPI, futures
+    except (ImportError, RuntimeError) as error:
+        raise ValueError("--engine mpi: expected the package mpi4py and an MPI: pip install mpi4py mpich") from error
+    started = MPI.COMM_WORLD.Get_size() - 1
+    if started < 1:
+        how = "mpiexec -n 3 python -m mpi4py.futures train.py --engine mpi"
+        raise ValueError(f"--engine mpi: expected two processes at least, found one: start it by {how}")
+    args.workers = started
+    return futures.MPIPoolExecutor()
+
+
+@contextlib.contextmanager
+def dask_client(args):
+    try:
+        import distributed
+    except ImportError as error:
+        raise ValueError("--engine dask: expected the package distributed: pip install distributed") from error
+    local = None
+    if not args.scheduler:
+        local = distributed.LocalCluster(n_workers=args.workers, threads_per_worker=1, dashboard_address=None)
+    try:
+        client = distributed.Client(local or args.scheduler, timeout=5)
+        client.wait_for_workers(1, timeout=5)
+    except OSError as error:  # TimeoutError, too
+        how = "dask scheduler, and dask worker ADDRESS where train.py can be imported"
+        raise ValueError(f"--scheduler: expected a scheduler with workers at {args.scheduler}: start {how}") from error
+    with client, local or contextlib.nullcontext():
+        args.workers = len(client.nthreads())
+        yield client
 
 
 def join_quietly(*of_job):
@@ -323,19 +381,40 @@ def end_with_parent():
     os._exit(1)
 
 
-def each(run, function, tasks):
-    return list(run(function, *zip(*tasks)))
+def descend(run, step, batch, lr):
+    """One step of all workers."""
+    slices = everywhere(run, gradient, step, batch)
+    if job.args.engine in REMOTE:
+        job.gradients[...] = np.concatenate(slices)
+        update(step, 0, 1, lr)
+    else:
+        each(run, update, [(step, part, job.args.workers, lr) for part in range(job.args.workers)])
 
 
 def measure(run, which):
     """Loss, accuracy and share of live units in each layer, over a whole set."""
-    n = len(job.sets[which])
-    parts = each(run, evaluate, [(which, start) for start in range(0, n, EVALUATED)])
-    return [sum(column) / n for column in list(zip(*parts))[1:]]
+    results = itertools.chain.from_iterable(everywhere(run, evaluate, which))
+    return [sum(column) / len(job.sets[which]) for column in list(zip(*results))[1:]]
+
+
+def everywhere(run, function, *task):
+    """A task in as many parts as there are workers."""
+    args = job.args
+    if args.engine in REMOTE:  # by the name of this module, not as __main__
+        function, task = (
+            getattr(importlib.import_module("train"), f"{function.__name__}_there"),
+            (args, job.weights, *task),
+        )
+    return each(run, function, [(*task, part, args.workers) for part in range(args.workers)])
+
+
+def each(run, function, tasks):
+    return list(run(function, *zip(*tasks)))
 
 
 # --- Files ---------------------------------------------------------------------------------------------
 
+ENGINES, REMOTE = ("processes", "threads", "mpi", "dask"), ("mpi", "dask")
 METHODS, FLUSHES = ("es", "backprop", "deadzone", "relu"), ("emulated", "hardware", "off")
 SETTINGS = "validation hidden method epochs batch sigma block jitter lr weight_decay seed flush".split()
 
@@ -504,7 +583,9 @@ def parse_args(argv=None):
     group("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
     group("--flush", choices=FLUSHES, default=flush, help="to zero: in NumPy or by the CPU (same bits), or not")
     group = parser.add_argument_group("running").add_argument
-    group("--workers", type=count, default=cores(), help="processes; does not change the result")
+    group("--engine", choices=ENGINES, default="processes", help="what the workers are; does not change the result")
+    group("--workers", type=count, default=cores(), help="their number; does not change the result either")
+    group("--scheduler", metavar="ADDRESS", help="of a running dask; without it, one is started here")
     group("--reports", type=count, default=15, help="rows of the table")
     group("--until-test", type=size, metavar="ACC", help="stop at the first report from this test accuracy on")
     group("--quiet", action="store_true", help="print the result alone")
@@ -524,6 +605,8 @@ def parse_args(argv=None):
         parser.set_defaults(resumed=saved, **defaults)
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
+    if args.scheduler and args.engine != "dask":
+        parser.error("argument --scheduler: expected --engine dask beside it")
     if args.predict and not args.evaluate:
         parser.error("argument --predict: expected --evaluate FILE.npz beside it, found none")
     return args

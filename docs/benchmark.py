@@ -95,14 +95,14 @@ def job(options="", steps=20):
     of_job, _ = train.prepare(train.parse_args(["--workers", "1", *options.split()]))
     train.join(*of_job)
     train.begin()
-    train.job.order[...] = np.random.default_rng(0).permutation(len(train.job.order))
     for i in range(steps):
         one_step(i)
     return of_job
 
 
 def one_step(number=20, run=map, workers=1):
-    train.each(run, train.gradient, [(number, part, workers) for part in range(workers)])
+    batch = np.random.default_rng(number).integers(0, len(train.job.sets[0]), train.job.args.batch)
+    train.each(run, train.gradient, [(number, batch, part, workers) for part in range(workers)])
     train.each(run, train.update, [(number, part, workers, train.job.args.lr) for part in range(workers)])
 
 
