@@ -1381,7 +1381,11 @@ def assert_same_run(found, expected):
 
 
 def start(*arguments):
-    command = [sys.executable, "-u", "train.py", *map(str, arguments)]
+    return start_command(sys.executable, "-u", "train.py", *arguments)
+
+
+def start_command(*command):
+    command = [str(part) for part in command]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -1430,11 +1434,6 @@ needs_dask = pytest.mark.skipif(
 ENGINES = [pytest.param(MPI, marks=needs_mpi), pytest.param(DASK, marks=needs_dask)]
 
 
-def start_command(*command):
-    command = [str(part) for part in command]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run, tmp_path, engine):
     options = [part for i, part in enumerate(SHORT) if "--workers" not in SHORT[max(0, i - 1) : i + 1]]
@@ -1454,21 +1453,23 @@ def descendants(pid):
                 yield from descendants(child)
 
 
-def worker_processes(child, of):
+def killed(small, tmp_path, engine, worker):
+    """Runs to the end alone, and on an engine one of whose workers is killed on the way: status, output, errors."""
+    run(*small, "--save", tmp_path / "whole.npz")
+    child = start_command(*engine, *small, "--save", tmp_path / "w.npz")
+    for _ in range(6):
+        child.stdout.readline()
     commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(child.pid)}
-    return [pid for pid, command in commands.items() if of in command and b"hydra" not in command]
+    os.kill([pid for pid, text in commands.items() if worker in text and b"hydra" not in text][-1], signal.SIGKILL)
+    out, errors = child.communicate(timeout=120)
+    return child.returncode, out, errors
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 @needs_dask
 def test_dask_computes_again_what_a_killed_worker_had(small, tmp_path):
-    run(*small, "--save", tmp_path / "whole.npz")
-    child = start_command(*DASK, *small, "--save", tmp_path / "w.npz")
-    for _ in range(6):
-        child.stdout.readline()
-    os.kill(worker_processes(child, b"spawn_main")[-1], signal.SIGKILL)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
+    status, _, errors = killed(small, tmp_path, DASK, b"spawn_main")
+    assert status == 0, errors
     assert "Restarting worker" in errors  # it was killed
     assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
 
@@ -1476,13 +1477,8 @@ def test_dask_computes_again_what_a_killed_worker_had(small, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 @needs_mpi
 def test_mpi_ends_when_a_worker_is_killed_and_its_checkpoint_resumes(small, tmp_path):
-    run(*small, "--save", tmp_path / "whole.npz")
-    child = start_command(*MPI, *small, "--save", tmp_path / "w.npz")
-    for _ in range(6):
-        child.stdout.readline()
-    os.kill(worker_processes(child, b"mpi4py.futures")[-1], signal.SIGKILL)
-    out, errors = child.communicate(timeout=120)
-    assert child.returncode != 0 and "Killed" in out + errors and "result: " not in out
+    status, out, errors = killed(small, tmp_path, MPI, b"mpi4py.futures")
+    assert status != 0 and "Killed" in out + errors and "result: " not in out
     assert 0 <= saved(tmp_path / "w.npz")["step"] < saved(tmp_path / "whole.npz")["step"]
     run("--data", small[1], "--resume", tmp_path / "w.npz", "--save", tmp_path / "w.npz", "--reports", 60)
     assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
@@ -1752,7 +1748,7 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
 
 
-def test_the_benchmark_counts_every_multiplication(monkeypatch):
+def test_the_benchmark_counts_every_multiplication():
     """Against the shapes that NumPy is given, in a network of four layers."""
     from docs import benchmark
 

@@ -44,7 +44,7 @@ import numpy as np
 import data
 import fpnl
 
-MIN_SLICE, MAX_SLICES = 128, 32  # examples in a task at least; tasks a step at most (2.7 MB of gradient each)
+MAX_SLICES = 32  # of fpnl.SLICE examples or more, a step; 2.7 MB of gradient each
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
 PRESETS = {"best": {"epochs": 80, "block": 4, "jitter": 0.01}}
@@ -84,11 +84,16 @@ def ftz():
     return {"emulated": True, "hardware": "hardware", "off": False}[job.args.flush]
 
 
+def portion(count, part, parts):
+    """Which of `count` things are this part's."""
+    return slice(part * count // parts, (part + 1) * count // parts)
+
+
 def gradient(step, batch, part, parts):
     """A part of the slices of a step's batch (indices of images), each to its share of the step's gradient."""
     args, slices = job.args, len(job.gradients)
     params = as_params(job.weights, job.sizes)
-    for s in range(part * slices // parts, (part + 1) * slices // parts):
+    for s in range(slices)[portion(slices, part, parts)]:
         rows = batch[s * args.batch // slices : (s + 1) * args.batch // slices]
         x, y = data.pixels(job.sets[0][rows]), job.sets[1][rows]
         if args.method == "es":
@@ -135,9 +140,9 @@ def outputs(params, x):
 
 def update(step, part, parts, lr):
     """AdamW on a part of the weights: elementwise, so the parts do not change the result."""
-    count = job.weights.size
-    for start in range(part * count // parts, (part + 1) * count // parts, CHUNK):
-        chunk = slice(start, min(start + CHUNK, (part + 1) * count // parts))
+    mine = range(job.weights.size)[portion(job.weights.size, part, parts)]
+    for start in mine[::CHUNK]:
+        chunk = slice(start, min(start + CHUNK, mine.stop))
         g = job.gradients[0, chunk].copy()
         for other in job.gradients[1:]:
             g += other[chunk]
@@ -147,7 +152,7 @@ def update(step, part, parts, lr):
 def evaluate(which, part, parts):
     """A part of a set, EVALUATED images at a time -> of each, number, summed loss, number right, live units."""
     results, starts = [], range(0, len(job.sets[which]), EVALUATED)
-    for start in starts[part * len(starts) // parts : (part + 1) * len(starts) // parts]:
+    for start in starts[portion(len(starts), part, parts)]:
         x, y = (a[start : start + EVALUATED] for a in job.sets[which : which + 2])
         hs = outputs(as_params(job.weights, job.sizes), data.pixels(x))
         scores = float(fpnl.loss(hs[-1], y)), fpnl.accuracy(hs[-1], y), *(float(np.mean(h != 0)) for h in hs)
@@ -159,7 +164,7 @@ def gradient_there(args, weights, step, batch, part, parts):
     """`gradient` in a process that shares no memory with the main one: the weights come along, the slices return."""
     enter(args, weights)
     gradient(step, batch, part, parts)
-    return job.gradients[part * len(job.gradients) // parts : (part + 1) * len(job.gradients) // parts]
+    return job.gradients[portion(len(job.gradients), part, parts)]
 
 
 def evaluate_there(args, weights, *task):
@@ -234,7 +239,7 @@ def prepare(args):
     """What `join` takes, and what the other set is."""
     sets, held_out = load(args)
     sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
-    slices = min(MAX_SLICES, math.ceil(args.batch / MIN_SLICE))
+    slices = min(MAX_SLICES, math.ceil(args.batch / fpnl.SLICE))
     return (args, sets, sizes, share(sizes, slices)), held_out
 
 
