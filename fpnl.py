@@ -264,20 +264,29 @@ def init(rng, sizes=SIZES):
     ]
 
 
-def forward(params, x, ftz=True, scale=SCALE):
+def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     """The network, operation by operation: [batch, inputs] -> logits [batch, classes], float32.
 
     `ftz`: True, every operation but the product flushes its operands and its result; "hardware",
     the CPU's own flags do that, with the same bits; False, the same code in IEEE arithmetic with
     gradual underflow, where the network is linear up to rounding. `scale`: another S, a power of two.
+    `transfer`: for comparison, an ordinary network without S and flush, whose hidden units have this
+    function of an array of sums, float32 to float32 of the same shape, and whose logits are linear.
     Raises TypeError for anything but float32, ValueError for shapes that do not fit.
     """
-    return _arithmetic(ftz)[1](activations(params, x, ftz, scale)[-1], scale)
+    logits = activations(params, x, ftz, scale, transfer)[-1]
+    return _arithmetic(ftz)[1](logits, scale) if transfer is None else logits
 
 
-def activations(params, x, ftz=True, scale=SCALE):
-    """h1, h2, ... of every layer, [batch, width] each, at their true size around 2^-126."""
+def activations(params, x, ftz=True, scale=SCALE, transfer=None):
+    """h1, h2, ... of every layer, [batch, width] each, at their true size: around 2^-126 without a transfer."""
     _check(params, x)
+    if transfer is not None:
+        hs = []
+        for l, (W, b) in enumerate(params, 1):
+            x = x @ W + b
+            hs.append(x := transfer(x) if l < len(params) else x)
+        return hs
     plus, _, over = _arithmetic(ftz)
     (W, b), *later = params
     hs = [over(plus(x @ W, b), scale)]
@@ -361,31 +370,37 @@ def mutated(params, l, J, step):
     return [*params[:l], (W, b), *params[l + 1 :]]
 
 
-def jittered(params, x, shifts, ftz):
+def jittered(params, x, shifts, ftz, transfer):
     """A copy of params for one example x [1, inputs], mutated in each layer along the input that the
     example brings there, so that the layer's sums move by its shift [width]."""
     for l, shift in enumerate(shifts):
-        a = _layer_input(params, x, l, ftz)
+        a = _layer_input(params, x, l, ftz, transfer)
         if np.any(a) and np.any(shift):
             params = mutated(params, l, slice(None), np.outer(a / (a @ a), shift))
     return params
 
 
-def _layer_input(params, x, l, ftz):
+def _layer_input(params, x, l, ftz, transfer):
     """Input of layer l for one example, with the 1 of the bias if that acts: [fan_in + 1]."""
-    a = activations(params, x, ftz)[l - 1][0] * SCALE if l else x[0]
+    a = _outputs(params, x, ftz, transfer)[l - 1][0] if l else x[0]
     return np.append(a, float32(_bias_acts(l, ftz)))
 
 
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0):
+def _outputs(params, x, ftz, transfer):
+    """`activations` in units of 1/S."""
+    return [h * SCALE if transfer is None else h for h in activations(params, x, ftz, transfer=transfer)]
+
+
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, transfer=None):
     """`es_gradient` as stated above: each member is a network with literally mutated weights."""
+    ftz = ftz and transfer is None
     n, grads, predicted = len(x), [], 0  # predicted: loss per change of an output, [width, n]
     examples = [x[i : i + 1] for i in range(n)]
     shifts = [[] for _ in examples]
     for l, (_, b) in enumerate(params):
         signs = mutation_signs(rng, len(b), n) if jitter else np.zeros((len(b), n), float32)
         for i in range(n):
-            a = _layer_input(jittered(params, examples[i], shifts[i], ftz), examples[i], l, ftz)
+            a = _layer_input(jittered(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
             shifts[i].append(float32(jitter) * np.linalg.norm(a) * signs[:, i])
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
         W, b = params[l]
@@ -393,13 +408,13 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jit
         predicted, slopes = np.zeros_like(signs) + predicted, np.empty_like(signs)
         dW, db = np.zeros_like(W), np.zeros_like(b)
         for i, J in [(i, slice(j, j + k)) for i in range(n) for j in range(0, len(b), k)]:
-            a = _layer_input(jittered(params, examples[i], shifts[i], ftz), examples[i], l, ftz)
+            a = _layer_input(jittered(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
             size = np.maximum(np.linalg.norm(a), float32(0.5))
             e = signs[J, i]
             step = np.outer(a / size, float32(sigma) * e)
-            mutants = [jittered(mutated(params, l, J, s), examples[i], shifts[i], ftz) for s in (step, -step)]
-            L = [loss(forward(mutant, examples[i], ftz), labels[i : i + 1]) for mutant in mutants]
-            h = [activations(mutant, examples[i], ftz)[l][0, J] * SCALE for mutant in mutants]
+            mutants = [jittered(mutated(params, l, J, s), examples[i], shifts[i], ftz, transfer) for s in (step, -step)]
+            L = [loss(forward(mutant, examples[i], ftz, transfer=transfer), labels[i : i + 1]) for mutant in mutants]
+            h = [_outputs(mutant, examples[i], ftz, transfer)[l][0, J] for mutant in mutants]
             own = predicted[J, i] * (h[0] - h[1])
             rest = L[0] - L[1] - own.sum()
             slopes[J, i] = (own + rest * (h[0] != h[1])) * e / float32(2 * sigma * size)
@@ -410,7 +425,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jit
     return grads
 
 
-def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, map=map):
+def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, map=map, transfer=None):
     """Evolution-strategies estimate of the gradient of the loss, ready for descent.
 
     The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
@@ -429,6 +444,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
         also the `map` of a pool of threads or processes, of mpi4py.futures, dask or Ray. A task pickles, has
         SLICE examples and, if there are several, random numbers of its own; their results are added in order.
         So the bits are the same whatever computes them.
+    transfer : as in `forward`; with it, all biases act and nothing is flushed. It pickles if a task must.
 
     Returns
     -------
@@ -450,7 +466,9 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
     starts = range(0, n, SLICE)
     streams = rng.spawn(len(starts)) if len(starts) > 1 else [rng]
     tasks = [(params, x[i : i + SLICE], labels[i : i + SLICE], stream) for i, stream in zip(starts, streams)]
-    function = functools.partial(_slice_gradient, n=n, sigma=sigma, block=block, ftz=ftz, jitter=jitter)
+    function = functools.partial(
+        _slice_gradient, n=n, sigma=sigma, block=block, ftz=ftz and transfer is None, jitter=jitter, transfer=transfer
+    )
     return functools.reduce(_added, map(function, tasks))
 
 
@@ -458,10 +476,10 @@ def _added(grads, others):
     return [(dW + dW2, db + db2) for (dW, db), (dW2, db2) in zip(grads, others)]
 
 
-def _slice_gradient(task, n, sigma, block, ftz, jitter):
+def _slice_gradient(task, n, sigma, block, ftz, jitter, transfer):
     """What some of a batch's n examples have in its gradient."""
     params, x, labels, rng = task
-    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter)
+    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter, transfer)
     grads, predicted = [], float32(0)
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
         step = mutation_signs(rng, *sums[l].shape)
@@ -485,7 +503,7 @@ def _bias_acts(l, ftz):
     return l == 0 or not ftz
 
 
-_Layer = collections.namedtuple("_Layer", "W gain bias flushed_bias")  # W transposed; None where there is nothing
+_Layer = collections.namedtuple("_Layer", "W gain bias flushed_bias transfer")  # W transposed; None: there is none
 
 
 def _unit(ftz):
@@ -493,7 +511,7 @@ def _unit(ftz):
     return SCALE if ftz == "hardware" else float32(1)
 
 
-def _forward_columns(params, x, rng, ftz, jitter):
+def _forward_columns(params, x, rng, ftz, jitter, transfer):
     """The layers, then the inputs of each, their sizes, sums (before the flush) and outputs, in units of
     1/S and an example a column: the layout in which BLAS is fastest on narrow products."""
     layers, inputs, sizes, sums, outputs = [], [], [], [], []
@@ -505,7 +523,7 @@ def _forward_columns(params, x, rng, ftz, jitter):
         bias = b if acts else None
         if jitter:
             bias = b * float32(acts) + mutation_signs(rng, len(W), len(x)) * (float32(jitter) * size)
-        layer = _Layer(W, None, bias, None)
+        layer = _Layer(W, None, bias, None, transfer if l + 1 < len(params) else None)
         if not acts and np.any(flushed := _activate(layer, b.copy(), ftz)):  # 0 until |b| >= 1/2
             layer = layer._replace(flushed_bias=flushed)
         inputs.append(a)
@@ -536,13 +554,15 @@ def _columns(layer, columns):
 
 
 def _activate(layer, z, ftz):
-    """Output of a layer, [..., width, n], from its sums z, in place: z where |z| >= 1/2, else 0, twice
-    if there is a bias. "hardware": one multiplication, as in the network, which leaves it at its true size."""
+    """Output of a layer, [..., width, n], from its sums z, in place but for a transfer: z where |z| >= 1/2, else 0,
+    twice if there is a bias. "hardware": one multiplication, as in the network, which leaves it at its true size."""
     if ftz == "hardware":
         with hardware_ftz():
             z *= 1 / SCALE
             if layer.flushed_bias is not None:
                 z += layer.flushed_bias
+    elif layer.transfer is not None:
+        z = layer.transfer(z)
     elif ftz:
         z *= np.abs(z) >= float32(0.5)
         if layer.flushed_bias is not None:

@@ -743,18 +743,43 @@ def test_loss_and_accuracy():
 # --- The ES gradient --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ftz", [True, False, pytest.param("hardware", marks=needs_hardware)])
+NETWORKS = [{}, {"ftz": False}, pytest.param({"ftz": "hardware"}, marks=needs_hardware), {"transfer": np.tanh}]
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
 @pytest.mark.parametrize(("block", "jitter"), [(1, 0), (2, 0), (3, 0), (4, 0), (64, 0), (1, 0.02), (3, 0.2)])
-def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, ftz, monkeypatch):
+def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, network, monkeypatch):
     """`es_gradient` against `es_gradient_plain`, also in tiles and groups of the smallest size."""
     params, x, labels = example(sizes, n=7, seed=len(sizes))
-    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, ftz, jitter)
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, jitter=jitter, **network)
     for tile in (fpnl._TILE, 100, 1):
         monkeypatch.setattr(fpnl, "_TILE", tile)
-        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, ftz, jitter)
+        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, jitter=jitter, **network)
         for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+def test_another_transfer():
+    """An ordinary network: its logits, its biases, and, with small mutations of one unit each, its derivative."""
+    params, x, labels = example((12, 10, 9, 5))
+    for _, b in params:
+        b += np.linspace(-0.3, 0.3, len(b), dtype=np.float32)
+    (W1, b1), (W2, b2), (W3, b3) = params
+    h1 = np.tanh(x @ W1 + b1)
+    h2 = np.tanh(h1 @ W2 + b2)
+    logits = h2 @ W3 + b3
+    for found, expected in zip(fpnl.activations(params, x, transfer=np.tanh), (h1, h2, logits), strict=True):
+        assert_same_bits(found, expected)
+    assert_same_bits(fpnl.forward(params, x, transfer=np.tanh), logits)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    delta = (p - np.eye(5)[labels]) / len(x)
+    for (dW, db), (W, _), a in zip(
+        fpnl.es_gradient(params, x, labels, RNG(0), 0.05, 1, transfer=np.tanh)[::-1], params[::-1], (h2, h1, x)
+    ):
+        np.testing.assert_allclose(dW, a.T @ delta, atol=1e-3)
+        np.testing.assert_allclose(db, delta.sum(axis=0), atol=1e-3)
+        delta = delta @ W.T * (1 - a**2)
 
 
 def test_fast_members_of_the_real_network(mnist):
@@ -784,7 +809,7 @@ def test_the_dead_zone_is_the_scaling_of_the_network(ftz):
     for x in (scaling(), -scaling(), grid()[0]):
         x = x[np.isfinite(x) & (np.abs(x) < 4)]
         expected = fpnl.divide(x, fpnl.SCALE) * fpnl.SCALE
-        layer = fpnl._Layer(None, None, None, None)
+        layer = fpnl._Layer(None, None, None, None, None)
         assert_same_bits(fpnl._activate(layer, x.copy(), ftz) * fpnl._unit(ftz), expected)
 
 

@@ -127,15 +127,16 @@ def backprop(params, x, labels):
 
 def outputs(params, x):
     """Outputs of every layer in units of 1/S, the logits last."""
-    if job.args.method != "relu" and (job.args.method == "es" or job.args.flush != "off"):
-        return [h * fpnl.SCALE for h in fpnl.activations(params, x, ftz())]  # exact: nothing left to flush
-    hs = []
-    for W, b in params:
-        x = x @ W + b
-        if job.args.method == "relu" and len(hs) < len(params) - 1:
-            x = np.maximum(x, np.float32(0))
-        hs.append(x)
-    return hs
+    method, flush = job.args.method, ftz()
+    if method == "relu":
+        return fpnl.activations(params, x, transfer=relu)
+    if method != "es" and not flush:
+        return fpnl.activations(params, x, transfer=np.positive)  # linear, at its natural scale
+    return [h * fpnl.SCALE for h in fpnl.activations(params, x, flush)]  # exact: nothing left to flush
+
+
+def relu(z):
+    return np.maximum(z, np.float32(0))
 
 
 def update(step, part, parts, lr):
