@@ -1529,6 +1529,25 @@ def test_a_dask_that_is_there_already(small, tmp_path):
     assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
 
 
+def test_the_threads_of_a_dask_worker_take_turns(slice_of_mnist):
+    """They share the job, which the first of them makes: tasks of several runs, all at once."""
+    import train
+
+    options = ["--data", str(slice_of_mnist), "--hidden", "24", "16", "--batch", "512"]
+    tasks = []
+    for seed, part in itertools.product(range(2), range(4)):
+        args = train.parse_args([*options, "--seed", str(seed)])
+        weights = RNG(seed).normal(0, 0.1, 784 * 24 + 24 + 24 * 16 + 16 + 16 * 10 + 10).astype(np.float32)
+        tasks.append((args, weights, 7, np.arange(512), part, 4))
+    expected = [train.gradient_there(*task).copy() for task in tasks]
+    train.job = None
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(train.gradient_there, *zip(*tasks)))
+    for a, b in zip(found, expected):
+        assert b.any()
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize(
     ("missing", "options", "says"),
     [

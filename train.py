@@ -161,16 +161,21 @@ def evaluate(which, part, parts):
     return results
 
 
+turn = threading.Lock()  # the threads that a dask worker may have share one job
+
+
 def gradient_there(args, weights, step, batch, part, parts):
     """`gradient` in a process that shares no memory with the main one: the weights come along, the slices return."""
-    enter(args, weights)
-    gradient(step, batch, part, parts)
-    return job.gradients[portion(len(job.gradients), part, parts)]
+    with turn:
+        enter(args, weights)
+        gradient(step, batch, part, parts)
+        return job.gradients[portion(len(job.gradients), part, parts)]
 
 
 def evaluate_there(args, weights, *task):
-    enter(args, weights)
-    return evaluate(*task)
+    with turn:
+        enter(args, weights)
+        return evaluate(*task)
 
 
 def enter(args, weights):
