@@ -1792,6 +1792,32 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
 
 
+@needs_mpi
+@needs_dask
+def test_the_benchmark_runs_the_engines(monkeypatch, capfd, slice_of_mnist):
+    from docs import benchmark
+
+    monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    benchmark.engines(f"--data {slice_of_mnist} --hidden 24 16", batches=(64, 256))
+    out, errors = capfd.readouterr()
+    rows = re.findall(r"(?m)^(?:processes|mpi|dask) .*;", out)
+    times = [float(value) for row in rows for value in row.strip(";").split()[2:]]
+    assert len(times) == 12 and min(times) > 0 and errors == ""
+
+
+@pytest.mark.parametrize("again", [0.25, 0.5])
+def test_the_scaling_on_paper(capsys, again):
+    """Transfers that cost nothing: all workers pay at once. With shared seeds all of them do the same share again."""
+    from docs import benchmark
+
+    benchmark.predict((0.02, 0, 0, 0), again, weights=0, networks=0, latency=0)
+    rows = [re.split("  +", row.strip()) for row in capsys.readouterr().out.splitlines()[3:]]
+    assert len(rows) == 9
+    for _, workers, everything, sums, reduced, seeds in rows:
+        assert everything == sums == reduced == f"{fpnl.SLICE * int(workers):,}"
+        assert seeds == f"({1 / (again + (1 - again) / int(workers)):.1f} times)"
+
+
 def test_the_benchmark_counts_every_multiplication():
     """Against the shapes that NumPy is given, in a network of four layers."""
     from docs import benchmark

@@ -376,7 +376,7 @@ def dask_client(args):
     except OSError as error:  # TimeoutError, too
         how = "dask scheduler, and dask worker ADDRESS where train.py can be imported"
         raise ValueError(f"--scheduler: expected a scheduler with workers at {args.scheduler}: start {how}") from error
-    with client, local or contextlib.nullcontext():
+    with local or contextlib.nullcontext(), client:
         args.workers = len(client.nthreads())
         yield client
 

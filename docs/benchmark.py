@@ -1,4 +1,4 @@
-"""Ratios, measured side by side in one run: `python docs/benchmark.py [arithmetic|step|noise|scaling|memory ...]`.
+"""Ratios, measured side by side in one run: `python docs/benchmark.py [SECTION ...]`.
 
 What is compared takes turns, and the figure is the median of the ratios of neighbours: on a noisy machine
 times drift, ratios hold. Everything but the workers and the memory is measured on one core.
@@ -9,6 +9,7 @@ step: a step of the main job against its own multiplications at the speed of np.
 noise: of the estimate, by the size of the blocks and the progress of the training.
 scaling: with the batch, the width and the workers.
 memory: of all processes of `python train.py`, by their proportional shares (Linux).
+engines: seconds a step, by engine, workers and batch; a model fitted to them, and what it says of more machines.
 """
 
 import collections
@@ -16,8 +17,10 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -256,6 +259,93 @@ def memory(options="--epochs 0.2"):
     print(f"`train.py`, {train.cores()} workers: peak memory {peak / 1e6:.0f} MB")
 
 
+def engines(options="", batches=(128, 256, 512, 1024)):
+    """Each case in processes of its own, started as the README says; `predict` explains the model."""
+    args, _, sizes, _ = job(options)
+    split = shares(one_step)
+    again = split["forward"] + split["predictions, gradient products"]  # what does not need the members' losses
+    folder = str(train.RUNS.parents[1])
+    mpiexec = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    # The workers import train. MPICH takes the network's way on one machine too, as between machines.
+    environment = os.environ | {"PYTHONPATH": folder, "MPIR_CVAR_NOLOCAL": "1"}
+    print(f"engine     workers   ms a step with batches of {', '.join(map(str, batches))}: measured; fitted")
+    costs = {}
+    for engine in ("processes", "mpi", "dask"):
+        cases, terms, measured = [*itertools.product((1, 2), batches)], [], []
+        for workers, batch in cases:
+            start = [sys.executable, __file__]
+            if engine == "mpi":
+                start = [mpiexec, "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", __file__]
+            case = f"--engine {engine} --workers {workers} --batch {batch} {options}"
+            done = subprocess.run([*start, "engine_step", case], env=environment, check=True, stdout=-1, text=True)
+            slices = math.ceil(batch / fpnl.SLICE)
+            terms.append((math.ceil(slices / workers), workers, slices, 1))
+            measured.append(float(done.stdout))
+        relative = np.array(terms) / np.array(measured)[:, None]
+        costs[engine], *_ = np.linalg.lstsq(relative, np.ones(len(measured)), rcond=None)
+        for workers in (1, 2):
+            rows = [i for i, case in enumerate(cases) if case[0] == workers]
+            times = ["".join(f"{1e3 * row[i]:7.1f}" for i in rows) for row in (measured, terms @ costs[engine])]
+            print(f"{engine:10} {workers:7}{times[0]}  ;{times[1]}")
+        print("{:>18}c {:.1f} d {:.1f} r {:.1f} u {:.1f} ms".format("", *1e3 * costs[engine]))
+    predict(costs["mpi"], again, sum((i + 1) * o for i, o in itertools.pairwise(sizes)), members(sizes, args.block))
+
+
+def engine_step(options):
+    """Prints the median of the seconds of a step of the main job, its weights those of the start."""
+    of_job = job(options, steps=0)
+    args = of_job[0]
+    with train.workers(*of_job) as run:
+
+        def one_step(number):
+            batch = np.random.default_rng(number).integers(0, len(train.job.sets[0]), args.batch)
+            train.descend(run, number, batch, args.lr)
+
+        for number in range(3):
+            one_step(number)
+        print(statistics.median(seconds(functools.partial(one_step, 3 + number)) for number in range(ROUNDS)))
+
+
+def predict(costs, again, weights, networks, latency=50e-6):
+    """From which batch on N workers pay: do at least half of N times the images a second that one does alone.
+
+    A step of s slices takes ceil(s/N) c + exchange + u seconds: c to compute a slice, u once a step. The exchange,
+    w being the time of 4 bytes a weight on a link, of which every machine has one, to a switch:
+
+        as it is       N (d + w) + s (r + w): d to send the weights to a worker, r to receive and add a slice's
+                       gradient, as measured within this machine, which is processor time on any
+        sums           N (d + w) + N (r + w): a worker adds the gradients of its slices
+        all-reduce     d + r + 2 (N-1) (latency + w/N), in a ring, or 2 log2(N) (latency + w), in a tree, whichever
+                       is less; the weights never travel
+        shared seeds   N latency + the time of a loss difference for every pair of members on a link; but then every
+                       worker makes the whole gradient of them, `again` being that share of c
+    """
+    c, d, r, u = costs
+
+    def exchanges(s, n, link):
+        w = 4 * weights / link
+        return {
+            "as it is": n * (d + w) + s * (r + w),
+            "sums": n * (d + w) + n * (r + w),
+            "all-reduce": d + r + 2 * min((n - 1) * (latency + w / n), math.log2(n) * (latency + w)),
+            "shared seeds": n * latency + 4 * s * fpnl.SLICE * networks / 2 / link + (s - math.ceil(s / n)) * c * again,
+        }
+
+    print("\nthe batch from which they pay, with the costs of mpi (in brackets: none, and the largest gain)")
+    print("     link  workers" + "".join(f"{scheme:>18}" for scheme in exchanges(1, 1, 1)))
+    for gigabits, n in itertools.product((1, 10, 100), (10, 100, 1000)):
+        gains = collections.defaultdict(dict)
+        for s in (n * 2**k for k in range(20)):
+            for scheme, exchange in exchanges(s, n, gigabits * 1e9 / 8).items():
+                gains[scheme][s] = (s * c + u) / (math.ceil(s / n) * c + exchange + u)
+        pays = [[s for s, gain in gain_of.items() if gain >= n / 2] for gain_of in gains.values()]
+        cells = [
+            f"{fpnl.SLICE * s[0]:,}" if s else f"({max(gain_of.values()):.1f} times)"
+            for s, gain_of in zip(pays, gains.values())
+        ]
+        print(f"{gigabits:4} Gb/s {n:8}" + "".join(f"{cell:>18}" for cell in cells))
+
+
 def family(pid):
     """A process and all that descend from it."""
     with contextlib.suppress(OSError):
@@ -271,7 +361,9 @@ def proportional_bytes(pid):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["engine_step"]:
+        sys.exit(engine_step(*sys.argv[2:]))
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}, {train.cpu()}")
-    for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory"):
+    for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory", "engines"):
         print(f"\n--- {section}")
         globals()[section]()
