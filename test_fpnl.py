@@ -1448,7 +1448,21 @@ def test_ctrl_c_keeps_the_last_step(small, tmp_path, workers):
 
 # mpi4py and distributed, started as the README says. On one machine: three MPI processes, two dask workers.
 MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-MPI = [MPIEXEC, "-n", "3", sys.executable, "-u", "-m", "mpi4py.futures", "train.py", "--engine", "mpi"]
+MPI = [
+    MPIEXEC,
+    "-n",
+    "3",
+    "-genv",
+    "MPIR_CVAR_NOLOCAL",
+    "1",
+    sys.executable,
+    "-u",
+    "-m",
+    "mpi4py.futures",
+    "train.py",
+    "--engine",
+    "mpi",
+]
 DASK = [sys.executable, "-u", "train.py", "--engine", "dask", "--workers", "2"]
 needs_mpi = pytest.mark.skipif(
     not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="pip install mpi4py mpich, for this test"
