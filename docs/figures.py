@@ -1,4 +1,4 @@
-"""The figures of the README, drawn from the logs of `python train.py --compare`.
+"""The figures, drawn from the logs of `python train.py --compare` and of the examples.
 
 python docs/figures.py        needs matplotlib: pip install '.[docs]'
 """
@@ -27,6 +27,14 @@ RUNS = {  # in the order of their final errors
     "deadzone": ("backprop, dead zone known", BLACK, "-."),
     "es": ("ES, flush to zero", BLUE, "-"),
     "relu": ("backprop, ReLU", GREEN, ":"),
+}
+UNITS = {
+    "identity": (BLACK, "-"),
+    "dead zone": (BLUE, "-"),
+    "ReLU": (GREEN, "-"),
+    "ESP": (RED, "-"),
+    "sigmoid": (ORANGE, "--"),
+    "tanh": ("#CC79A7", "--"),
 }
 
 
@@ -81,8 +89,32 @@ def first_layer(figure):
         axes.set_axis_off()
 
 
-def read(path):
-    return np.genfromtxt(path, delimiter=",", names=True, skip_header=1)
+def gates(figure):
+    """examples/gates.py: what arrives in ten layers, all seeds; where trainings pass on the surface of the loss."""
+    log = read(DOCS / "runs" / "gates.csv", dtype=None, encoding="utf-8")
+    top, bottom = figure.subplots(2, 2)
+    for unit, (colour, style) in UNITS.items():
+        for seed in range(log["seed"].max() + 1):
+            ours = log[(log["unit"] == unit) & (log["seed"] == seed)]
+            found = {measure: ours[ours["measure"] == measure] for measure in np.unique(ours["measure"])}
+            label = None if seed else unit
+            for axes, measure in zip(top, ("signal 10 layers", "gradient 10 layers")):
+                axes.plot(found[measure]["at"], found[measure]["value"], style, color=colour, label=label)
+            for axes, measure in zip(bottom, ("alpha 1e-06 %", "gamma 1e-06 %")):
+                loss, share = found["loss"]["value"], found[measure]["value"]
+                axes.plot(loss, share, style, color=colour, linewidth=0.8, alpha=0.6)
+                axes.plot(loss[-1], share[-1], "o" if style == "-" else "s", color=colour, markersize=5)
+    for axes, passed, up in zip(top, ("signal", "gradient"), ("pixels up", "logits down")):
+        axes.set(xlabel=f"layers passed, from the {up}", ylabel=f"variance of the {passed}", yscale="log")
+    for axes, share in zip(bottom, ("alpha: negative", "gamma: zero")):
+        axes.set(xlabel="loss on 8x8 images", ylabel=f"{share}, percent", xscale="log")
+        axes.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
+        axes.set_xticks([], minor=True)
+    figure.legend(*top[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=6)
+
+
+def read(path, **options):
+    return np.genfromtxt(path, delimiter=",", names=True, skip_header=1, **options)
 
 
 def main():
@@ -90,6 +122,9 @@ def main():
         figure, axes = plt.subplots(layout="constrained")
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+    figure = plt.figure(figsize=(7.2, 5.6), layout="constrained")
+    gates(figure)
+    figure.savefig(DOCS / "gates.svg", metadata={"Date": None})
     if not (DOCS / "runs" / "es-0.npz").exists():
         print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python train.py --compare")
         return
