@@ -347,8 +347,10 @@ def _check(params, x):
 #      output of unit j predicts the difference c (W slopes)_j. Every unit gets what is predicted for itself,
 #      and only what all predictions leave of the measured difference goes to all units of the block: a
 #      control variate, which takes noise away and leaves the expectation alone, however good or bad it is.
-# With `jitter`, all this happens in a network of the example's own, every unit of it mutated once, and the
-# same, for all its members: the loss is smoothed over that, which keeps units away from their thresholds.
+# With `jitter` and `dropout`, all this happens in a network of the example's own, the same for all its members: every
+# unit of it is mutated once, and some hidden ones so far that their sums are 0, with all weights of the layer above
+# larger by as much as is missing then. The loss is smoothed over that: units keep away from their thresholds and do
+# not rely on each other.
 
 
 def mutation_signs(rng, width, n):
@@ -370,7 +372,7 @@ def mutated(params, l, J, step):
     return [*params[:l], (W, b), *params[l + 1 :]]
 
 
-def jittered(params, x, shifts, ftz, transfer):
+def shifted(params, x, shifts, ftz, transfer):
     """A copy of params for one example x [1, inputs], mutated in each layer along the input that the
     example brings there, so that the layer's sums move by its shift [width]."""
     for l, shift in enumerate(shifts):
@@ -378,6 +380,21 @@ def jittered(params, x, shifts, ftz, transfer):
         if np.any(a) and np.any(shift):
             params = mutated(params, l, slice(None), np.outer(a / (a @ a), shift))
     return params
+
+
+def _shifts(rng, z, size, jitter, dropout):
+    """How the sums z [width, n] of a layer move in the examples' own networks, size [n] being that of its input."""
+    shift = np.zeros_like(z)
+    if jitter:
+        shift += mutation_signs(rng, *z.shape) * (float32(jitter) * size)
+    if dropout:
+        shift = np.where(rng.random(z.shape, dtype=float32) < float32(dropout), -z, shift)
+    return shift
+
+
+def _louder(params, dropout):
+    """Weights with a gain of 1 / (1 - dropout) where some of the inputs are silent: in all layers but the first."""
+    return [(W / float32(1 - dropout) if l and dropout else W, b) for l, (W, b) in enumerate(params)]
 
 
 def _layer_input(params, x, l, ftz, transfer):
@@ -391,28 +408,30 @@ def _outputs(params, x, ftz, transfer):
     return [h * SCALE if transfer is None else h for h in activations(params, x, ftz, transfer=transfer)]
 
 
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, transfer=None):
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, dropout=0.0, transfer=None):
     """`es_gradient` as stated above: each member is a network with literally mutated weights."""
-    ftz = ftz and transfer is None
+    ftz, params = ftz and transfer is None, _louder(params, dropout)
     n, grads, predicted = len(x), [], 0  # predicted: loss per change of an output, [width, n]
     examples = [x[i : i + 1] for i in range(n)]
     shifts = [[] for _ in examples]
-    for l, (_, b) in enumerate(params):
-        signs = mutation_signs(rng, len(b), n) if jitter else np.zeros((len(b), n), float32)
+    for l, (W, b) in enumerate(params):
+        own = [shifted(params, *pair, ftz, transfer) for pair in zip(examples, shifts)]
+        a = np.stack([_layer_input(*pair, l, ftz, transfer) for pair in zip(own, examples)], axis=1)
+        z, size = W.T @ a[:-1] + b[:, None] * a[-1], np.linalg.norm(a, axis=0)
+        moved = _shifts(rng, z, size, jitter, dropout if l + 1 < len(params) else 0)
         for i in range(n):
-            a = _layer_input(jittered(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
-            shifts[i].append(float32(jitter) * np.linalg.norm(a) * signs[:, i])
+            shifts[i].append(moved[:, i])
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
         W, b = params[l]
         signs = mutation_signs(rng, len(b), n)
         predicted, slopes = np.zeros_like(signs) + predicted, np.empty_like(signs)
         dW, db = np.zeros_like(W), np.zeros_like(b)
         for i, J in [(i, slice(j, j + k)) for i in range(n) for j in range(0, len(b), k)]:
-            a = _layer_input(jittered(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
+            a = _layer_input(shifted(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
             size = np.maximum(np.linalg.norm(a), float32(0.5))
             e = signs[J, i]
             step = np.outer(a / size, float32(sigma) * e)
-            mutants = [jittered(mutated(params, l, J, s), examples[i], shifts[i], ftz, transfer) for s in (step, -step)]
+            mutants = [shifted(mutated(params, l, J, s), examples[i], shifts[i], ftz, transfer) for s in (step, -step)]
             L = [loss(forward(mutant, examples[i], ftz, transfer=transfer), labels[i : i + 1]) for mutant in mutants]
             h = [_outputs(mutant, examples[i], ftz, transfer)[l][0, J] for mutant in mutants]
             own = predicted[J, i] * (h[0] - h[1])
@@ -422,10 +441,10 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jit
             db[J] += a[-1] * slopes[J, i] / float32(n)
         grads.insert(0, (dW, db))
         predicted = W @ slopes
-    return grads
+    return _louder(grads, dropout)
 
 
-def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, map=map, transfer=None):
+def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, dropout=0.0, map=map, transfer=None):
     """Evolution-strategies estimate of the gradient of the loss, ready for descent.
 
     The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
@@ -440,6 +459,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
     block : units mutated together, >= 1; the variance of the estimate grows and its cost falls with it.
     ftz : as in `forward`; "hardware" gives the same bits as True, faster.
     jitter : size of the mutation, as sigma, of the network in which an example's members are evaluated, >= 0.
+    dropout : share of the hidden units that are silent in that network, their sums moved to 0; in [0, 1).
     map : calls a function with each of a list of tasks and returns the results in their order, like the builtin:
         also the `map` of a pool of threads or processes, of mpi4py.futures, dask or Ray. A task pickles, has
         SLICE examples and, if there are several, random numbers of its own; their results are added in order.
@@ -453,33 +473,32 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
 
     Raises
     ------
-    TypeError : not float32. ValueError : shapes that do not fit; sigma, block, jitter or labels out of range.
+    TypeError : not float32. ValueError : shapes that do not fit; sigma, block, jitter, dropout or labels out of range.
     """
     _check(params, x)
     n, classes = len(x), len(params[-1][1])
     if not 0 < float32(sigma) < np.inf or block < 1:
         raise ValueError(f"expected a finite sigma > 0 and block >= 1, found {sigma} and {block}")
-    if not 0 <= float32(jitter) < np.inf:
-        raise ValueError(f"expected a finite jitter >= 0, found {jitter}")
+    if not (0 <= float32(jitter) < np.inf and 0 <= dropout < 1):
+        raise ValueError(f"expected a finite jitter >= 0 and dropout in [0, 1), found {jitter} and {dropout}")
     if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
         raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")
-    starts = range(0, n, SLICE)
+    params, starts = _louder(params, dropout), range(0, n, SLICE)
     streams = rng.spawn(len(starts)) if len(starts) > 1 else [rng]
     tasks = [(params, x[i : i + SLICE], labels[i : i + SLICE], stream) for i, stream in zip(starts, streams)]
-    function = functools.partial(
-        _slice_gradient, n=n, sigma=sigma, block=block, ftz=ftz and transfer is None, jitter=jitter, transfer=transfer
-    )
-    return functools.reduce(_added, map(function, tasks))
+    options = {"sigma": sigma, "block": block, "jitter": jitter, "dropout": dropout, "transfer": transfer}
+    function = functools.partial(_slice_gradient, n=n, ftz=ftz and transfer is None, **options)
+    return _louder(functools.reduce(_added, map(function, tasks)), dropout)  # by the chain rule
 
 
 def _added(grads, others):
     return [(dW + dW2, db + db2) for (dW, db), (dW2, db2) in zip(grads, others)]
 
 
-def _slice_gradient(task, n, sigma, block, ftz, jitter, transfer):
+def _slice_gradient(task, n, ftz, sigma, block, jitter, dropout, transfer):
     """What some of a batch's n examples have in its gradient."""
     params, x, labels, rng = task
-    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter, transfer)
+    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter, dropout, transfer)
     grads, predicted = [], float32(0)
     for l, k in reversed([*enumerate(block_sizes(params, block))]):
         step = mutation_signs(rng, *sums[l].shape)
@@ -511,25 +530,25 @@ def _unit(ftz):
     return SCALE if ftz == "hardware" else float32(1)
 
 
-def _forward_columns(params, x, rng, ftz, jitter, transfer):
+def _forward_columns(params, x, rng, ftz, jitter, dropout, transfer):
     """The layers, then the inputs of each, their sizes, sums (before the flush) and outputs, in units of
     1/S and an example a column: the layout in which BLAS is fastest on narrow products."""
     layers, inputs, sizes, sums, outputs = [], [], [], [], []
     a = x.T
     for l, (W, b) in enumerate(params):
         W, b, acts = W.T, b[:, None], _bias_acts(l, ftz)
-        # |a|; without its bias a layer's input is 0, where no mutation has an effect, or at least 1/2.
-        size = np.maximum(np.sqrt(np.square(a).sum(axis=0) + float32(acts)), float32(0.5))
-        bias = b if acts else None
-        if jitter:
-            bias = b * float32(acts) + mutation_signs(rng, len(W), len(x)) * (float32(jitter) * size)
-        layer = _Layer(W, None, bias, None, transfer if l + 1 < len(params) else None)
+        hidden, size = l + 1 < len(params), np.sqrt(np.square(a).sum(axis=0) + float32(acts))
+        layer = _Layer(W, None, b if acts else None, None, transfer if hidden else None)
+        z = _sums(layer, a)
+        if jitter or dropout:
+            shift = _shifts(rng, z, size, jitter, dropout if hidden else 0)
+            layer, z = layer._replace(bias=b * float32(acts) + shift), z + shift
         if not acts and np.any(flushed := _activate(layer, b.copy(), ftz)):  # 0 until |b| >= 1/2
             layer = layer._replace(flushed_bias=flushed)
         inputs.append(a)
-        sizes.append(size)
-        sums.append(_sums(layer, a))
-        outputs.append(a := _activate(layer, sums[l].copy(), ftz) * _unit(ftz))
+        sizes.append(np.maximum(size, float32(0.5)))  # 0, where no mutation has an effect, or at least 1/2
+        sums.append(z)
+        outputs.append(a := _activate(layer, z.copy(), ftz) * _unit(ftz))
         if l > 1 and ftz == "hardware":  # members get there with outputs at their true size, S times smaller:
             layer = layer._replace(W=W * float32(2.0**64), gain=float32(2.0**61))  # at once, W might overflow
         layers.append(layer)

@@ -723,9 +723,9 @@ def test_shapes_that_do_not_fit_are_refused():
     for options in ({"sigma": 0}, {"sigma": np.inf}, {"sigma": np.nan}, {"block": 0}):
         with pytest.raises(ValueError, match="sigma > 0 and block >= 1"):
             fpnl.es_gradient(params, x, labels, RNG(0), **options)
-    for jitter in (-0.1, np.inf, np.nan):
-        with pytest.raises(ValueError, match="finite jitter >= 0"):
-            fpnl.es_gradient(params, x, labels, RNG(0), jitter=jitter)
+    for options in ({"jitter": -0.1}, {"jitter": np.inf}, {"jitter": np.nan}, {"dropout": -0.1}, {"dropout": 1}):
+        with pytest.raises(ValueError, match=r"finite jitter >= 0 and dropout in \[0, 1\)"):
+            fpnl.es_gradient(params, x, labels, RNG(0), **options)
     for bad in (labels[:-1], labels + 5, labels - 5):
         with pytest.raises(ValueError, match="labels in"):
             fpnl.es_gradient(params, x, bad, RNG(0))
@@ -748,14 +748,18 @@ NETWORKS = [{}, {"ftz": False}, pytest.param({"ftz": "hardware"}, marks=needs_ha
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
-@pytest.mark.parametrize(("block", "jitter"), [(1, 0), (2, 0), (3, 0), (4, 0), (64, 0), (1, 0.02), (3, 0.2)])
-def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, network, monkeypatch):
+@pytest.mark.parametrize(
+    ("block", "jitter", "dropout"),
+    [(1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0), (64, 0, 0), (1, 0.02, 0), (3, 0.2, 0), (2, 0, 0.3), (3, 0.1, 0.5)],
+)
+def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, dropout, network, monkeypatch):
     """`es_gradient` against `es_gradient_plain`, also in tiles and groups of the smallest size."""
     params, x, labels = example(sizes, n=7, seed=len(sizes))
-    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, jitter=jitter, **network)
+    network = network | {"jitter": jitter, "dropout": dropout}
+    plain = fpnl.es_gradient_plain(params, x, labels, RNG(5), 0.05, block, **network)
     for tile in (fpnl._TILE, 100, 1):
         monkeypatch.setattr(fpnl, "_TILE", tile)
-        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, jitter=jitter, **network)
+        fast = fpnl.es_gradient(params, x, labels, RNG(5), 0.05, block, **network)
         for a, b in zip(itertools.chain(*plain), itertools.chain(*fast)):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
@@ -792,6 +796,39 @@ def test_fast_members_of_the_real_network(mnist):
         assert dW.any()
         same = np.all(np.abs(dW - dW_fast) <= 1e-4 * np.abs(dW).max(), axis=0)
         assert same.mean() > 0.95
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.25])
+def test_dropout_silences_its_share(dropout):
+    """Of the hidden units, in every example's network others; a silent one gets no gradient and passes nothing on."""
+    params, x, labels = example((20, 64, 64, 5), n=100)
+
+    def shares(dropout):
+        grads = [fpnl.es_gradient(params, x[i : i + 1], labels[i : i + 1], RNG(i), dropout=dropout) for i in range(100)]
+        first, second, last = [np.array([g[l][0] != 0 for g in grads]) for l in range(3)]
+        heard = first.any(axis=1), second.any(axis=1), second.any(axis=2), last.any(axis=2)
+        return np.array([units.mean() for units in heard])
+
+    ratios = shares(dropout) / shares(0)
+    assert ratios[0] == pytest.approx(1 - dropout, abs=0.05)
+    assert np.all(ratios < 1.1 * (1 - dropout) + 0.05)
+
+
+def test_dropout_makes_up_for_what_is_missing():
+    """The derivative of a network without the flush, some of whose sums are 0, and whose later weights are larger."""
+    params, x, labels = example((20, 16, 12, 5), n=3)
+    grads = fpnl.es_gradient(params, x, labels, RNG(7), 0.01, 1, ftz=False, dropout=0.25)
+    rng, a, inputs = RNG(7), x, []
+    for l, (W, b) in enumerate(params):
+        inputs.append(a)
+        a = a @ (W / 0.75 if l else W) + b
+        if l < 2:
+            a = np.where(rng.random(a.T.shape, dtype=np.float32).T < 0.25, 0, a)
+    delta = (np.exp(a) / np.exp(a).sum(axis=1, keepdims=True) - np.eye(5)[labels]) / 3
+    for l, (W, _) in reversed([*enumerate(params)]):
+        np.testing.assert_allclose(grads[l][0], inputs[l].T @ delta / (0.75 if l else 1), atol=2e-3)
+        np.testing.assert_allclose(grads[l][1], delta.sum(axis=0), atol=2e-3)
+        delta = delta @ W.T / 0.75
 
 
 def test_signs_are_independent_fair_coins():
@@ -885,7 +922,7 @@ def backwards(function, tasks):
 def test_whatever_maps_the_bits_are_the_same():
     """More than two slices, by every kind of map; and they are the slices' own estimates."""
     params, x, labels = example(n=2 * fpnl.SLICE + 3)
-    gradient = functools.partial(fpnl.es_gradient, params, x, labels, block=3, jitter=0.05)
+    gradient = functools.partial(fpnl.es_gradient, params, x, labels, block=3, jitter=0.05, dropout=0.1)
     expected = gradient(RNG(0))
     with (
         concurrent.futures.ThreadPoolExecutor(3) as threads,
@@ -897,7 +934,7 @@ def test_whatever_maps_the_bits_are_the_same():
     starts = range(0, len(x), fpnl.SLICE)
     parts = [slice(start, start + fpnl.SLICE) for start in starts]
     each = [
-        fpnl.es_gradient(params, x[part], labels[part], rng, block=3, jitter=0.05)
+        fpnl.es_gradient(params, x[part], labels[part], rng, block=3, jitter=0.05, dropout=0.1)
         for part, rng in zip(parts, RNG(0).spawn(len(parts)))
     ]
     for l, layer in enumerate(expected):
@@ -1178,7 +1215,15 @@ def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run,
 
 @pytest.mark.parametrize(
     "options",
-    [["--seed", 4], ["--sigma", 0.03], ["--block", 9], ["--jitter", 0.01], ["--lr", 2e-3], ["--flush", "off"]],
+    [
+        ["--seed", 4],
+        ["--sigma", 0.03],
+        ["--block", 9],
+        ["--jitter", 0.01],
+        ["--dropout", 0.1],
+        ["--lr", 2e-3],
+        ["--flush", "off"],
+    ],
 )
 def test_options_reach_the_run(slice_of_mnist, tmp_path, options):
     run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, "--save", tmp_path / "w.npz")

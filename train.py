@@ -98,7 +98,7 @@ def gradient(step, batch, part, parts):
         x, y = data.pixels(job.sets[0][rows]), job.sets[1][rows]
         if args.method == "es":
             rng = np.random.default_rng((args.seed, 2, step, s))
-            grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz(), args.jitter)
+            grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz(), args.jitter, args.dropout)
         else:
             grads = backprop(params, x, y)
         for to, values in zip(as_params(job.gradients[s], job.sizes), grads):
@@ -427,7 +427,7 @@ def each(run, function, tasks):
 
 ENGINES, REMOTE = ("processes", "threads", "mpi", "dask"), ("mpi", "dask")
 METHODS, FLUSHES = ("es", "backprop", "deadzone", "relu"), ("emulated", "hardware", "off")
-SETTINGS = "validation hidden method epochs batch sigma block jitter lr weight_decay seed flush".split()
+SETTINGS = "validation hidden method epochs batch sigma block jitter dropout lr weight_decay seed flush".split()
 
 
 def settings(args):
@@ -589,6 +589,7 @@ def parse_args(argv=None):
     group("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
     group("--block", type=count, default=8, help="units mutated together: more, and a step is quicker and noisier")
     group("--jitter", type=size, default=0, help="size of a mutation of the network that an image's members share")
+    group("--dropout", type=size, default=0, help="share of the hidden units that are silent in it")
     group("--lr", type=size, default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
     group("--weight-decay", type=size, default=1.0, help="AdamW's decoupled decay")
     group("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")
