@@ -2044,3 +2044,177 @@ def test_gates_bad_input_ends_in_one_line(tmp_path):
         command = [sys.executable, "examples/gates.py", *map(str, options)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# --- examples/linearized.py -------------------------------------------------------------------------
+
+
+def tiny_network(sizes=(5, 4, 3, 2), n=6):
+    """In float64, for finite differences: weights, images of length sqrt(fan_in), targets of the first four."""
+    from examples import linearized
+
+    rng = RNG(12)
+    x = rng.standard_normal((n, sizes[0]))
+    weights = [V.astype(np.float64) for V in linearized.init(rng, sizes)]
+    return linearized, weights, x, rng.choice([-1.0, 1.0], (4, sizes[-1]))
+
+
+def jacobian(outputs, weights, h=1e-6):
+    """[points * outputs, weights] by central differences."""
+    columns = []
+    for V in weights:
+        for i in np.ndindex(*V.shape):
+            kept, found = V[i], []
+            for V[i] in (kept + h, kept - h):
+                found.append(outputs().ravel())
+            V[i] = kept
+            columns.append((found[0] - found[1]) / (2 * h))
+    return np.array(columns).T
+
+
+def test_linearized_kernel_is_the_product_of_jacobians():
+    L, weights, x, _ = tiny_network()
+    J = jacobian(lambda: L.forward(weights, x, np.tanh)[1][-1], weights)
+    kernel = L.tangent_kernel(weights, x, np.tanh, L.tanh_slope, L.tanh_slope)
+    np.testing.assert_allclose(kernel, J @ J.T, rtol=1e-6, atol=1e-8)
+    # Underflow has no derivative to measure: J of either slope, written out. The response comes first.
+    weights, x = [V.astype(np.float32) for V in weights], x.astype(np.float32)
+    inputs, sums = L.forward(weights, x, L.underflow)
+    J = []
+    for slope in (L.es_slope, L.alive):
+        rows = []
+        for output in np.eye(2, dtype=np.float32):
+            deltas = L.backward(weights, sums, slope, np.tile(output, (len(x), 1)))
+            rows.append(np.hstack([(a[:, :, None] * d[:, None]).reshape(len(x), -1) for a, d in zip(inputs, deltas)]))
+        J.append(np.stack(rows, axis=1).reshape(2 * len(x), -1))
+    kernel = L.tangent_kernel(weights, x, L.underflow, L.es_slope, L.alive)
+    np.testing.assert_allclose(kernel, J[0] @ J[1].T, rtol=1e-4, atol=1e-5)
+    assert np.abs(kernel - kernel.T).max() > 0.1
+
+
+def test_linearized_descent_in_function_space_is_descent_of_the_weights():
+    """Cross-entropy and momentum, in the weights of f_lin and through Theta; the network itself goes elsewhere."""
+    L, weights, x, y = tiny_network()
+    eta, beta, found = 0.3, 0.9, []
+    f0 = L.forward(weights, x, np.tanh)[1][-1]
+    J = jacobian(lambda: L.forward(weights, x, np.tanh)[1][-1], weights)
+    theta, v = np.zeros(J.shape[1]), np.zeros(J.shape[1])
+    for step in range(L.REPORTS[-1] + 1):
+        f = f0 + (J @ theta).reshape(f0.shape)
+        if step in L.REPORTS:
+            found.append(f)
+        v = beta * v + eta * (1 - beta) * J[: y.size].T @ L.cross_entropy(f[: len(y)], y).ravel()
+        theta = theta - v
+    linear = L.descend_linearised(J @ J.T, f0, y, L.cross_entropy, eta, beta)
+    np.testing.assert_allclose(linear, found, atol=1e-9)
+    real = L.descend(weights, x, y, np.tanh, L.tanh_slope, L.cross_entropy, eta, beta)
+    assert np.abs(real[-1] - linear[-1]).max() > 0.01
+    for beta in (0, 0.9):  # a network of one layer is its linearisation
+        _, layer, x, y = tiny_network((5, 2))
+        kernel = L.tangent_kernel(layer, x, np.tanh, L.tanh_slope, L.tanh_slope)
+        linear = L.descend_linearised(kernel, L.forward(layer, x, np.tanh)[1][-1], y, L.squared, 0.1, beta)
+        real = L.descend(layer, x, y, np.tanh, L.tanh_slope, L.squared, 0.1, beta)
+        np.testing.assert_allclose(real, linear, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_linearized_losses_are_the_derivatives(loss, outputs):
+    from examples import linearized as L
+
+    rng = RNG(13)
+    f, y = rng.standard_normal((5, outputs)), np.full((5, outputs), -1.0)
+    y[np.arange(5), rng.integers(0, outputs, 5)] *= rng.choice([-1, 1], 5) if outputs == 1 else -1
+
+    def value(f):
+        if loss == "squared":
+            return np.square(f - y).sum() / 2
+        if outputs == 1:
+            return np.log1p(np.exp(-y * f)).sum()
+        return (np.log(np.exp(f).sum(axis=1)) - f[y > 0]).sum()
+
+    numeric = [(value(f + e) - value(f - e)) / 2e-6 for e in 1e-6 * np.eye(f.size).reshape(-1, *f.shape)]
+    np.testing.assert_allclose(getattr(L, loss)(f, y).ravel(), numeric, atol=1e-8)
+
+
+def test_linearized_closed_form_solves_its_equation():
+    """P(0) = 0 and dP/dt = eta Theta(x, X) (1 - P(X)), also for a Theta that is not symmetric."""
+    from examples import linearized as L
+
+    rng = RNG(14)
+    J, other = rng.standard_normal((7, 30)), 0.1 * rng.standard_normal((7, 30))
+    theta, n, eta = (J + other) @ J.T, 4, 0.01
+    assert not L.closed_form(theta, n, eta, 0).any()
+    for t in (1, 10, 50):
+        slope = (L.closed_form(theta, n, eta, t + 1e-4) - L.closed_form(theta, n, eta, t - 1e-4)) / 2e-4
+        right = eta * theta[:, :n] @ (np.eye(n) - L.closed_form(theta, n, eta, t)[:n])
+        np.testing.assert_allclose(slope, right, atol=1e-7)
+
+
+def test_linearized_infinite_kernels_are_the_arc_cosine_kernels_for_relu():
+    """Cho and Saul 2009: E[t t'] = |u||v| (sin a + (pi - a) cos a) / 2 pi, E of the slopes (pi - a) / 2 pi."""
+    from examples import linearized as L
+
+    x = RNG(15).standard_normal((4, 30), dtype=np.float32)
+    K, theta = L.infinite_kernels(
+        RNG(16), x, 2, lambda z: np.maximum(z, 0), *2 * [lambda z: (z > 0).astype(np.float32)]
+    )
+    exact = exact_theta = L.SIGMA_W**2 * x @ x.T / 30 + L.SIGMA_B**2
+    for _ in range(2):
+        size = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+        angle = np.arccos(np.clip(exact / size, -1, 1))
+        ordinary = size * (np.sin(angle) + (np.pi - angle) * np.cos(angle)) / (2 * np.pi)
+        exact = L.SIGMA_W**2 * ordinary + L.SIGMA_B**2
+        exact_theta = exact + L.SIGMA_W**2 * (np.pi - angle) / (2 * np.pi) * exact_theta
+    np.testing.assert_allclose(K, exact, rtol=0.02)  # a standard deviation of the mean: 0.6 %
+    np.testing.assert_allclose(theta, exact_theta, rtol=0.02)
+
+
+def test_linearized_underflow_is_the_networks_own():
+    """Powers of two as fan-ins, so that sigma_w / sqrt(fan_in) is exact; later biases 0, as fpnl flushes them."""
+    from examples import linearized as L
+
+    weights = L.init(RNG(17), (16, 64, 64, 3))
+    for V in weights[1:]:
+        V[-1] = 0
+    x = RNG(18).standard_normal((20, 16), dtype=np.float32)
+    params = [(V[:-1] / np.float32(np.sqrt(len(V) - 1)), np.float32(L.SIGMA_B) * V[-1]) for V in weights]
+    sums = L.forward(weights, x, L.underflow)[1]
+    for z, h in zip(sums[:-1], fpnl.activations(params, x)):
+        np.testing.assert_allclose(L.underflow(z), h * fpnl.SCALE, rtol=1e-4, atol=1e-5)
+        assert_same_bits(L.underflow(h * fpnl.SCALE), h * fpnl.SCALE)
+        assert 0.2 < np.mean(h == 0) < 0.6
+
+
+def test_linearized_es_slope_is_what_evolution_strategies_measure():
+    """In units one by one, whose inputs all have one length, up to the curvature of the loss."""
+    from examples import linearized as L
+
+    x, y = L.images(10, 20)
+    weights = L.init(RNG(19), (784, 512, 10))
+    params = [(V[:-1] * np.float32(L.SIGMA_W / np.sqrt(len(V) - 1)), np.float32(L.SIGMA_B) * V[-1]) for V in weights]
+    sigma = L.S / np.sqrt(np.square(x[0]).sum() + 1)
+    es = fpnl.es_gradient(params, x[:20], y.argmax(axis=1), RNG(0), sigma=sigma, block=1, transfer=L.underflow)
+    inputs, sums = L.forward(weights, x[:20], L.underflow)
+    for slope, least, most in ((L.es_slope, 0, 0.02), (L.alive, 0.2, 1)):
+        delta = L.backward(weights, sums, slope, L.cross_entropy(sums[-1], y).astype(np.float32))[0]
+        error = np.linalg.norm(x[:20].T @ delta / 20 - es[0][0]) / np.linalg.norm(es[0][0])
+        assert least < error < most, error
+
+
+def test_linearized_tells_tanh_from_underflow(tmp_path):
+    command = [sys.executable, "examples/linearized.py", "--seeds", "2", "--log", str(tmp_path / "log.csv")]
+    small = ["--widths", "64", "256", "--images", "10", "--members", "4"]
+    done = subprocess.run(command + small, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert comment.startswith("# python examples/linearized.py --seeds 2") and header.count(",") == rows[0].count(",")
+    found = re.findall(r"^10 classes, .*: (tanh|underflow ES) / .* (-?\d\.\d\d) ± \d\.\d\d$", done.stdout, re.M)
+    for name, low, high in (("tanh", -1.5, -0.6), ("underflow ES", -0.5, -0.05)):  # four settings, one closed form
+        assert [low < float(power) < high for n, power in found if n == name][:5] == 5 * [True], found
+    limits = {tuple(row.split(",")[4:6]): float(row.split(",")[-1]) for row in rows if ",inf,," in row}
+    assert limits["tanh", "tanh"] == pytest.approx(1) and 1.03 < limits["underflow a.e.", "a.e."] < 1.1
+    assert limits["underflow ES", "ES"] == pytest.approx(0.99, abs=0.01)
+    done = subprocess.run([*command, "--images", "7"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    says = "linearized.py: error: expected --images in tens, found 7\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", says)

@@ -12,6 +12,7 @@ import numpy as np
 DOCS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 import fpnl  # noqa: E402
+from examples.linearized import power  # noqa: E402
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -113,6 +114,50 @@ def gates(figure):
     figure.legend(*top[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=6)
 
 
+def linearized(figure):
+    """examples/linearized.py, ten classes, squared loss, SGD: the distance of a network from its linearisation against
+    its width, with the fitted power and its standard error, and the share of the predicted change of the outputs."""
+    left, right = figure.subplots(1, 2)
+    log = read(DOCS / "runs" / "linearized.csv", dtype=None, encoding="utf-8")
+    log = log[(log["classes"] == 10) & (log["loss"] == "squared") & (log["optimizer"] == "SGD")]
+    curves = {
+        ("underflow a.e.", "a.e."): ("underflow, blind to its jumps", RED, "--", "s"),
+        ("underflow a.e.", "ES"): ("its response alone sees them", ORANGE, ":", "^"),
+        ("underflow ES", "ES"): ("underflow, ES sees them", BLUE, "-", "o"),
+        ("tanh", "tanh"): ("tanh", BLACK, "-.", "v"),
+    }
+    widths = np.unique(log["width"][np.isfinite(log["width"])])
+    for i, ((network, response), (label, colour, style, marker)) in enumerate(curves.items()):
+        curve = log[(log["network"] == network) & (log["linearisation"] == response)]
+        rmse = curve[curve["measure"] == "rmse"]
+        exponent, error = power(rmse["width"], rmse["value"])
+        label += f": N$^{{{exponent:.2f} \\pm {error:.2f}}}$"
+        for axes, measure in ((left, "rmse"), (right, "pace")):
+            found = curve[curve["measure"] == measure]
+            groups = [found["value"][found["width"] == width] for width in widths]
+            axes.errorbar(
+                widths * 1.04 ** (i - 1.5),  # beside one another
+                [np.mean(group) for group in groups],
+                [np.std(group, ddof=1) for group in groups],
+                color=colour,
+                linestyle=style,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                label=label,
+            )
+        limit = found["value"][np.isinf(found["width"])]
+        right.plot(2 * widths[-1] * np.array([0.8, 1.25]), 2 * [limit.item()], color=colour, linewidth=2)
+    ticks = [f"{width:.0f}" for width in widths]
+    for axes, xticks, labels in ((left, widths, ticks), (right, [*widths, 2 * widths[-1]], [*ticks, "theory"])):
+        axes.set(xscale="log", xlabel="width N")
+        axes.set_xticks(xticks, labels, rotation=45)
+        axes.minorticks_off()
+    left.set(yscale="log", ylabel="RMSE to the linearisation")
+    right.set(ylabel="share of the predicted change")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+
+
 def read(path, **options):
     return np.genfromtxt(path, delimiter=",", names=True, skip_header=1, **options)
 
@@ -122,9 +167,10 @@ def main():
         figure, axes = plt.subplots(layout="constrained")
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
-    figure = plt.figure(figsize=(7.2, 5.6), layout="constrained")
-    gates(figure)
-    figure.savefig(DOCS / "gates.svg", metadata={"Date": None})
+    for name, (draw, height) in {"gates": (gates, 5.6), "linearized": (linearized, 3.8)}.items():
+        figure = plt.figure(figsize=(7.2, height), layout="constrained")
+        draw(figure)
+        figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
     if not (DOCS / "runs" / "es-0.npz").exists():
         print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python train.py --compare")
         return
