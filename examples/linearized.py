@@ -14,10 +14,11 @@ A wide network moves so little in training that it stays what its expansion at t
 Underflow, t(z) = z where |z| >= 1/2, else 0, jumps. If the sums of N units move by O(1/sqrt(N)), O(sqrt(N)) of them
 cross the threshold, each for O(1/sqrt(N)) of a sum of the next layer: that is O(1) where they agree, as much as in all
 other units together, and O(N^(1/4) / N^(1/2)) where their signs are random. Through that, O(N^(3/4)) units of a second
-hidden layer cross, for O(N^(-1/8)) of the outputs. "a.e.", t' = 1 where |z| >= 1/2, else 0, is blind to this; "ES",
-t' = (t(z + s) - t(z - s)) / 2s, what evolution strategies measure, sees the part that agrees. With one in the descent
-and the other in the response, Theta = J_r J_d^T (Eilers, Memmesheimer, Goedeke 2024, arXiv 2405.15539): "underflow a.e.
-/ ES" is a network that descends along a.e., against a linearisation whose response is that of ES.
+hidden layer cross, for O(N^(-1/8)) of the outputs: an estimate, not a proof. "a.e.", t' = 1 where |z| >= 1/2, else 0,
+is blind to all this; "ES", t' = (t(z + s) - t(z - s)) / 2s, what evolution strategies measure, sees the part that
+agrees. With one in the descent and the other in the response, Theta = J_r J_d^T (Eilers, Memmesheimer, Goedeke 2024,
+arXiv 2405.15539): "underflow a.e. / ES" is a network that descends along a.e., against a linearisation whose response
+is that of ES.
 
     python examples/linearized.py --log docs/runs/linearized.csv            # minutes on 2 cores
     python examples/linearized.py --widths 128 512 --seeds 2 --members 32   # a look
