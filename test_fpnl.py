@@ -1875,6 +1875,11 @@ def test_the_scaling_on_paper(capsys, again):
     for _, workers, everything, sums, reduced, seeds in rows:
         assert everything == sums == reduced == f"{fpnl.SLICE * int(workers):,}"
         assert seeds == f"({1 / (again + (1 - again) / int(workers)):.1f} times)"
+    # Ten workers, weights that take w = c / 5 on 10 Gb/s: gains s c / (s c / 10 + 10 w + s w), at most 1 / (0.1 + 0.2);
+    # with 20 w for the exchange, half of ten times from s = 40 slices on; with 1.8 w, from the first 10 on.
+    benchmark.predict((0.02, 0, 0, 0), 0, weights=1_250_000, networks=0, latency=0)
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("  10 Gb/s       10 ")]
+    assert row.split()[3:] == ["(3.3", "times)", f"{40 * fpnl.SLICE:,}", *2 * [f"{10 * fpnl.SLICE:,}"]]
 
 
 def test_the_benchmark_counts_every_multiplication():
