@@ -1864,6 +1864,19 @@ def test_the_benchmark_runs_the_engines(monkeypatch, capfd, slice_of_mnist):
     assert len(times) == 12 and min(times) > 0 and errors == ""
 
 
+def test_the_costs_of_an_engine_are_fitted():
+    """Found again from exact times; 0 where the times ask for less, and then the others are the best without it."""
+    from docs import benchmark
+
+    terms = [(math.ceil(s / n), n, s, 1) for n in (1, 2) for s in (1, 2, 4, 8)]
+    assert benchmark.fit(terms, np.array(terms) @ (15, 3, 2, 4)) == pytest.approx([15, 3, 2, 4])
+    measured = np.array(terms) @ (15, -2, 2, 9)
+    costs = benchmark.fit(terms, measured)
+    assert costs[1] == 0 and min(costs) == 0
+    errors = np.array(terms) @ costs / measured - 1
+    assert np.abs(errors @ (np.array(terms) / measured[:, None]))[[0, 2, 3]] == pytest.approx([0, 0, 0], abs=1e-9)
+
+
 @pytest.mark.parametrize("again", [0.25, 0.5])
 def test_the_scaling_on_paper(capsys, again):
     """Transfers that cost nothing: all workers pay at once. With shared seeds all of them do the same share again."""

@@ -281,14 +281,24 @@ def engines(options="", batches=(128, 256, 512, 1024)):
             slices = math.ceil(batch / fpnl.SLICE)
             terms.append((math.ceil(slices / workers), workers, slices, 1))
             measured.append(float(done.stdout))
-        relative = np.array(terms) / np.array(measured)[:, None]
-        costs[engine], *_ = np.linalg.lstsq(relative, np.ones(len(measured)), rcond=None)
+        costs[engine] = fit(terms, measured)
         for workers in (1, 2):
             rows = [i for i, case in enumerate(cases) if case[0] == workers]
             times = ["".join(f"{1e3 * row[i]:7.1f}" for i in rows) for row in (measured, terms @ costs[engine])]
             print(f"{engine:10} {workers:7}{times[0]}  ;{times[1]}")
         print("{:>18}c {:.1f} d {:.1f} r {:.1f} u {:.1f} ms".format("", *1e3 * costs[engine]))
     predict(costs["mpi"], again, sum((i + 1) * o for i, o in itertools.pairwise(sizes)), members(sizes, args.block))
+
+
+def fit(terms, measured):
+    """Costs with the least relative errors; one that comes out below 0 is noise, and the others are fitted without."""
+    relative, kept = np.array(terms) / np.array(measured)[:, None], np.ones(len(terms[0]), bool)
+    while True:
+        costs = np.zeros(len(kept))
+        costs[kept], *_ = np.linalg.lstsq(relative[:, kept], np.ones(len(measured)), rcond=None)
+        if costs.min() >= 0:
+            return costs
+        kept[costs.argmin()] = False
 
 
 def engine_step(options):
