@@ -410,7 +410,7 @@ def _outputs(params, x, ftz, transfer):
 
 def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, dropout=0.0, transfer=None):
     """`es_gradient` as stated above: each member is a network with literally mutated weights."""
-    ftz, params = ftz and transfer is None, _louder(params, dropout)
+    ftz, params = ftz if transfer is None else False, _louder(params, dropout)
     n, grads, predicted = len(x), [], 0  # predicted: loss per change of an output, [width, n]
     examples = [x[i : i + 1] for i in range(n)]
     shifts = [[] for _ in examples]
@@ -487,7 +487,7 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.
     streams = rng.spawn(len(starts)) if len(starts) > 1 else [rng]
     tasks = [(params, x[i : i + SLICE], labels[i : i + SLICE], stream) for i, stream in zip(starts, streams)]
     options = {"sigma": sigma, "block": block, "jitter": jitter, "dropout": dropout, "transfer": transfer}
-    function = functools.partial(_slice_gradient, n=n, ftz=ftz and transfer is None, **options)
+    function = functools.partial(_slice_gradient, n=n, ftz=ftz if transfer is None else False, **options)
     return _louder(functools.reduce(_added, map(function, tasks)), dropout)  # by the chain rule
 
 

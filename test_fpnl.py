@@ -764,6 +764,18 @@ def test_fast_members_are_literally_mutated_networks(sizes, block, jitter, dropo
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
 
+@needs_hardware
+def test_the_fast_path_flushes_by_the_cpu_if_asked_to(monkeypatch):
+    """The bits are the same either way, so only this tells."""
+    entered, enter = [], fpnl.hardware_ftz
+    monkeypatch.setattr(fpnl, "hardware_ftz", lambda: entered.append(1) or enter())
+    params, x, labels = example(n=3)
+    for ftz, used in (("hardware", True), (True, False), (False, False)):
+        entered.clear()
+        fpnl.es_gradient(params, x, labels, RNG(0), ftz=ftz)
+        assert bool(entered) == used
+
+
 def test_another_transfer():
     """An ordinary network: its logits, its biases, and, with small mutations of one unit each, its derivative."""
     params, x, labels = example((12, 10, 9, 5))
