@@ -1541,21 +1541,15 @@ def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run,
         assert_same_bits(weights[key], short_run[key])
 
 
-def descendants(pid):
-    with contextlib.suppress(OSError):
-        for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                yield child
-                yield from descendants(child)
-
-
 def killed(small, tmp_path, engine, worker):
     """Runs to the end alone, and on an engine one of whose workers is killed on the way: status, output, errors."""
+    from docs.benchmark import family
+
     run(*small, "--save", tmp_path / "whole.npz")
     child = start_command(*engine, *small, "--save", tmp_path / "w.npz")
     for _ in range(6):
         child.stdout.readline()
-    commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(child.pid)}
+    commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [*family(child.pid)][1:]}
     os.kill([pid for pid, text in commands.items() if worker in text and b"hydra" not in text][-1], signal.SIGKILL)
     out, errors = child.communicate(timeout=120)
     return child.returncode, out, errors

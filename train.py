@@ -80,6 +80,11 @@ def as_params(flat, sizes):
     return params
 
 
+def flattened(params):
+    """The inverse: a copy of them all in one array."""
+    return np.concatenate([a.ravel() for layer in params for a in layer])
+
+
 def ftz():
     return {"emulated": True, "hardware": "hardware", "off": False}[job.args.flush]
 
@@ -257,8 +262,7 @@ def begin():
             raise ValueError(f"{job.args.resume}: expected {job.weights.size} weights, found {weights.size}")
         job.weights[...], job.moments[...] = weights, moments
         return step, seconds
-    params = fpnl.init(np.random.default_rng((job.args.seed, 0)), job.sizes)
-    job.weights[...] = np.concatenate([a.ravel() for layer in params for a in layer])
+    job.weights[...] = flattened(fpnl.init(np.random.default_rng((job.args.seed, 0)), job.sizes))
     return 0, 0.0
 
 
@@ -489,7 +493,7 @@ def read_weights(path):
 def read_run(path):
     """Flat weights, moments, steps done, seconds spent and settings of a run that --save has kept."""
     params, arrays = read_weights(path)
-    weights = np.concatenate([a.ravel() for layer in params for a in layer])
+    weights = flattened(params)
     try:
         moments, step, seconds = arrays["moments"], int(arrays["step"]), float(arrays["seconds"])
         chosen = json.loads(str(arrays["settings"]))

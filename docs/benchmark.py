@@ -103,10 +103,9 @@ def job(options="", steps=20):
     return of_job
 
 
-def one_step(number=20, run=map, workers=1):
+def one_step(number=20, run=map):
     batch = np.random.default_rng(number).integers(0, len(train.job.sets[0]), train.job.args.batch)
-    train.each(run, train.gradient, [(number, batch, part, workers) for part in range(workers)])
-    train.each(run, train.update, [(number, part, workers, train.job.args.lr) for part in range(workers)])
+    train.descend(run, number, batch, train.job.args.lr)
 
 
 def step(options=""):
@@ -223,11 +222,12 @@ def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 102
     of_job = job(f"--workers 2 {options}")
     with train.workers(*of_job) as run:
 
-        def steps(run=map, workers=1):
+        def steps(run, workers):
+            train.job.args.workers = workers
             for _ in range(4):
-                one_step(run=run, workers=workers)
+                one_step(run=run)
 
-        two, one = in_turn(functools.partial(steps, run, 2), steps)
+        two, one = in_turn(functools.partial(steps, run, 2), functools.partial(steps, map, 1))
     print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
     images, labels = data.pixels(train.job.sets[0][: max(batches)]), train.job.sets[1][: max(batches)]
 
@@ -303,17 +303,9 @@ def fit(terms, measured):
 
 def engine_step(options):
     """Prints the median of the seconds of a step of the main job, its weights those of the start."""
-    of_job = job(options, steps=0)
-    args = of_job[0]
-    with train.workers(*of_job) as run:
-
-        def one_step(number):
-            batch = np.random.default_rng(number).integers(0, len(train.job.sets[0]), args.batch)
-            train.descend(run, number, batch, args.lr)
-
-        for number in range(3):
-            one_step(number)
-        print(statistics.median(seconds(functools.partial(one_step, 3 + number)) for number in range(ROUNDS)))
+    with train.workers(*job(options, steps=0)) as run:
+        times = [seconds(functools.partial(one_step, number, run)) for number in range(3 + ROUNDS)]
+    print(statistics.median(times[3:]))
 
 
 def predict(costs, again, weights, networks, latency=50e-6):
@@ -360,8 +352,9 @@ def family(pid):
     """A process and all that descend from it."""
     with contextlib.suppress(OSError):
         yield pid
-        for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield from family(int(child))
+        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                yield from family(int(child))
 
 
 def proportional_bytes(pid):

@@ -30,23 +30,22 @@ M. Milletarí, T. Chotibut, P. E. Trevisanutto, *Mean Field Theory of Activation
 (first *Expectation propagation: a probabilistic view of Deep Feed Forward Networks*), arXiv 1805.08786.
 """
 
-import os
-
-os.environ.update({f"{blas}_THREADS": "1" for blas in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM")})
-
 import argparse
 import concurrent.futures
 import functools
 import itertools
 import math
+import os
 import pathlib
 import platform
 import sys
 import time
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from train import as_params, flattened  # noqa: E402, I001 (first: it keeps BLAS at one thread)
+
+import numpy as np  # noqa: E402
+
 import data  # noqa: E402
 import fpnl  # noqa: E402
 
@@ -115,19 +114,6 @@ def es(unit, params, beta, x, labels, rng, nudge=0.05):
         return grads, 0.0
     up, down = (fpnl.loss(fpnl.forward(params, x, transfer=transfer(unit, beta + s * nudge)), labels) for s in (1, -1))
     return grads, (up - down) / (2 * nudge)
-
-
-def as_params(flat, sizes):
-    """[(W, b), ...] as views of a flat array."""
-    params = []
-    for i, o in itertools.pairwise(sizes):
-        W, b, flat = np.split(flat, [i * o, (i + 1) * o])
-        params.append((W.reshape(i, o), b))
-    return params
-
-
-def flattened(params):
-    return np.concatenate([a.ravel() for layer in params for a in layer])
 
 
 def train(unit, method, sizes, x, labels, rng, epochs, batch, lr, weight_decay, look=lambda *_: None):
