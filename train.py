@@ -296,17 +296,21 @@ def open_log(args, held_out):
     log = open(args.log or os.devnull, "a" if args.resume else "w")
     if log.tell():
         return log  # goes on, too
-    where = f"{platform.platform()}, {cpu()}, {args.workers} workers"
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     options = [
         f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'hidden' else value}"
         for name, value in vars(args).items()
         if value is not None and name not in ("quiet", "fingerprint", "resumed")
     ]
-    print("# python train.py", *options, file=log, end=f"; {versions}; {where}; {time.strftime('%Y-%m-%d')}\n")
+    print("# python train.py", *options, file=log, end=f"; {provenance()}\n")
     live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
     print(f"epoch,seconds,loss,train,{held_out},{live}", file=log, flush=True)
     return log
+
+
+def provenance():
+    """What a number depends on beside the command: versions, machine, date."""
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    return f"{versions}; {platform.platform()}, {cpu()}; {time.strftime('%Y-%m-%d')}"
 
 
 def cpu():
