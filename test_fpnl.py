@@ -2098,6 +2098,7 @@ def test_gates_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
 def test_gates_bad_input_ends_in_one_line(tmp_path):
     for options, says in (
         (["--seeds", "0"], "expected --seeds"),
+        (["--epochs", "inf"], "a finite --epochs > 0 and --validation >= 0, found --epochs inf"),
         (["--data", tmp_path / "no"], "expected a folder"),
         (["--validation", "59900"], "256 of them to train on"),
     ):

@@ -225,8 +225,9 @@ def main():
     add("--data", default=data.MNIST, help="folder of the four files of MNIST")
     add("--log", default=os.devnull, help="FILE.csv: every number")
     args = parser.parse_args()
-    if min(args.seeds, args.width) < 1 or not args.epochs > 0 or args.validation < 0:
-        parser.error("expected --seeds and --width >= 1, --epochs > 0 and --validation >= 0")
+    if min(args.seeds, args.width) < 1 or not 0 < args.epochs < math.inf or args.validation < 0:
+        says = "expected --seeds and --width >= 1, a finite --epochs > 0 and --validation >= 0"
+        parser.error(f"{says}, found {' '.join(sys.argv[1:])}")
     try:
         images(args.data, args.validation)
         log = open(args.log, "w", encoding="utf-8")

@@ -238,7 +238,8 @@ def main():
     args = parser.parse_args()
     widths = sorted(set(args.widths))
     if len(widths) < 2 or widths[0] < 64 or min(args.seeds, args.members) < 2 or args.hidden < 1:
-        parser.error("expected two --widths from 64 on, --seeds and --members from 2 on, --hidden from 1 on")
+        says = "expected two --widths from 64 on, --seeds and --members from 2 on, --hidden from 1 on"
+        parser.error(f"{says}, found {' '.join(sys.argv[1:])}")
     tasks = [(ensemble, network, args.hidden, widths[len(widths) // 2 - 1], args.members) for network in NETWORKS]
     for width, classes, network in itertools.product(widths[::-1], (2, 10), NETWORKS):
         seeds = range(args.seeds * min(max(2048 // width, 1), 4))
