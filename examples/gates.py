@@ -20,9 +20,9 @@ Its logits have a dead zone too and its later biases are inert; the others have 
 
 Test %: 784-width-width-10 after a few epochs by ES and by backprop. Signal, before training: the variance over images
 of a layer's outputs, mean over its units, as a share of the pixels'; gradient: of a layer's dL/dz, a sum, as a share of
-the logits'. The rest is of a network small enough for its whole Hessian, 64-5-5-10, trained by backprop on all of 2,000
-8x8 images at once. "slope" is the largest derivative at the end; alpha: the share of eigenvalues below -tolerance;
-gamma: of those within +-tolerance; the tolerance is 1e-6, or 1e-4, of the largest magnitude.
+the logits'. The rest: a network small enough for its whole Hessian, 64-5-5-10, trained by backprop on all of 2,000 8x8
+images at once; slope, its largest derivative at the end; alpha, the share of eigenvalues below -tolerance; gamma, of
+those within +-tolerance, 1e-6 or 1e-4 of the largest magnitude.
 """
 
 import argparse
@@ -127,9 +127,6 @@ def train(unit, method, sizes, x, labels, rng, epochs, batch, lr, weight_decay):
     yield params, theta[-1]
 
 
-# --- The parts: each takes a unit, a seed and the options, and returns rows (measure, at, value) ---------
-
-
 @functools.cache
 def images(folder, validation):
     """train_x, train_y, other_x, other_y: float32 pixels and labels; the others are the test set, or held out."""
@@ -142,7 +139,7 @@ def images(folder, validation):
 
 
 def learn(method, unit, seed, args):
-    """Part 1."""
+    """Rows (measure, at, value), of the network after some epochs."""
     x, y, other_x, other_y = images(args.data, args.validation)
     sizes, rng = (x.shape[1], args.width, args.width, data.CLASSES), np.random.default_rng((seed, 1))
     *_, (params, beta) = train(unit, method, sizes, x, y, rng, args.epochs, BATCH, *SETTINGS[unit])
@@ -152,7 +149,7 @@ def learn(method, unit, seed, args):
 
 
 def flow(unit, seed, args):
-    """Part 2, after each number of layers passed."""
+    """Rows after each number of layers passed."""
     x, y = (a[:FLOW_IMAGES] for a in images(args.data, 0)[:2])
     rows = []
     for depth in DEPTHS:
@@ -180,7 +177,7 @@ def hessian(unit, params, beta, x, labels):
 
 
 def curvature(unit, seed, args):
-    """Part 3, at LOOKS steps from 0 to the last."""
+    """Rows at LOOKS steps from 0 to the last."""
     x, y = (a[:SMALL_IMAGES] for a in images(args.data, 0)[:2])
     x, rows, rng = pooled(x.astype(np.float64)), [], np.random.default_rng((seed, 3))
     looks = {0, SMALL_STEPS, *np.geomspace(10, SMALL_STEPS, LOOKS - 1).astype(int)}
@@ -197,21 +194,14 @@ def curvature(unit, seed, args):
     return rows
 
 
-PARTS = [functools.partial(learn, "ES"), functools.partial(learn, "backprop"), flow, curvature]
-
-
-def cell(values):
-    """Mean ± standard deviation over the seeds."""
-    return f"{np.mean(values):.4g} ± {statistics.stdev(values) if values[1:] else 0:.2g}" if values else "-"
-
-
 def print_table(rows):
-    """What was measured last, a line a measure, a column a unit."""
+    """Mean ± standard deviation over the seeds of what was measured last: a line a measure, a column a unit."""
     print(f"{'':19}" + "".join(f"{unit:>20}" for unit in UNITS))
     for measure in dict.fromkeys(row[2] for row in rows):
         last = max(row[3] for row in rows if row[2] == measure)
         found = ([row[4] for row in rows if (row[0], *row[2:4]) == (unit, measure, last)] for unit in UNITS)
-        print(f"{measure:19}" + "".join(f"{cell(values):>20}" for values in found))
+        cells = (f"{np.mean(v):.4g} ± {statistics.stdev(v) if v[1:] else 0:.2g}" if v else "-" for v in found)
+        print(f"{measure:19}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def main():
@@ -233,8 +223,9 @@ def main():
         log = open(args.log, "w", encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    tasks = [*itertools.product(PARTS, UNITS, range(args.seeds), [args])]
-    tasks = [task for task in tasks if task[0] is PARTS[0] or task[1] != "underflow"]
+    parts = [functools.partial(learn, "ES"), functools.partial(learn, "backprop"), flow, curvature]
+    tasks = [*itertools.product(parts, UNITS, range(args.seeds), [args])]
+    tasks = [task for task in tasks if task[0] is parts[0] or task[1] != "underflow"]
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
         print(f"# python {' '.join(sys.argv)}; {provenance()}\nunit,seed,measure,at,value", file=log, flush=True)
         found = [pool.submit(*task) for task in tasks]

@@ -95,8 +95,7 @@ def tangent_kernel(weights, x, transfer, descent, response):
 
 
 def cross_entropy(f, y):
-    """dL/df of the cross-entropy, a sum over images; targets are positive for the right class. One output is logistic:
-    the softmax beside an output of 0."""
+    """dL/df, a sum over images; y > 0 for the right class. One output is logistic: a softmax beside an output of 0."""
     p = np.exp(f)
     return p / (p.sum(axis=1, keepdims=True) + (f.shape[1] == 1)) - (y > 0)
 
@@ -204,11 +203,6 @@ def ensemble(network, hidden, width, members):
     return rows
 
 
-def summary(values):
-    """Mean and standard deviation, as far as there are any."""
-    return (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else values
-
-
 def power(widths, values):
     """The exponent of the width that fits the values, and its standard error."""
     (slope, _), covariance = np.polyfit(np.log(widths), np.log(values), 1, cov=True)
@@ -221,7 +215,8 @@ def print_table(rows, widths):
     for line in sorted({row[:2] for row in rows}):
         found = [(row[2], row[4]) for row in rows if row[:2] == line]
         groups = [[value for w, value in found if w == width] for width in (*widths, np.inf)]
-        *cells, last = [" ± ".join(f"{value:.4f}" for value in summary(group)) for group in groups]
+        groups = [(np.mean(g), np.std(g, ddof=1)) if len(g) > 1 else g for g in groups]
+        *cells, last = [" ± ".join(map("{:.4f}".format, group)) for group in groups]
         last = last or "{:.2f} ± {:.2f}".format(*power(*zip(*found)))
         print("{:20}{:58}".format(*line) + "".join(f"{text:^17}" for text in cells), last)
 
