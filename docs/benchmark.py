@@ -19,7 +19,6 @@ import itertools
 import math
 import os
 import pathlib
-import platform
 import shutil
 import statistics
 import subprocess
@@ -366,7 +365,7 @@ def proportional_bytes(pid):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["engine_step"]:
         sys.exit(engine_step(*sys.argv[2:]))
-    print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}, {train.cpu()}")
+    print(train.provenance())
     for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory", "engines"):
         print(f"\n--- {section}")
         globals()[section]()

@@ -240,7 +240,7 @@ def main():
         seeds = range(args.seeds * min(max(2048 // width, 1), 4))
         tasks += [(study, classes, network, args.hidden, width, seed) for seed in seeds]
     try:
-        data.load()
+        data.load()  # a damaged set ends here and not in a worker
         log = open(args.log, "w", encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))
