@@ -11,44 +11,184 @@ Evolution strategies (ES), which only compare the losses of mutated networks, ca
     o  = (h2 @ W3 + b3 / S) * S               o: logits
 
 Products keep subnormals; every other operation flushes its operands and its result, as on the
-hardware of the post. `add ... divide` reproduce that bit for bit on any CPU.
+hardware of the post.
 
     params = init(rng)                                   # [(W1, b1), (W2, b2), (W3, b3)]
-    grads = es_gradient(params, x, labels, rng)          # [(dW1, db1), ...], from losses alone
-    adamw(W1, dW1, m, v, step=1, lr=1e-3)                # in place, for each array
+    grads = es_gradient(params, x, labels, rng)          # [(dW1, db1), ...]
+    adamw(params, grads, m, v, step=1, lr=1e-3)          # in place; m, v: zeros of the same shapes
     accuracy(forward(params, x), labels)
 
-Shapes: x [batch, 784] float32, labels [batch] integers, W [fan_in, width], b [width].
+Shapes: x [batch, inputs] float32, labels [batch] integers, W [fan_in, width], b [width], float32.
 
-Left out: data, schedules, processes and files (train.py), and every derivative.
+Every function here gives bits that depend on its arguments alone, also in a thread that flushes
+already (another library may have switched the CPU to that) and whatever `np.seterr` says; both are
+left as they were. Two things cannot be helped: the threads of a BLAS that were started while the
+CPU flushed go on flushing in matrix products, and on a platform that `hardware_ftz` does not know a
+flush that is on stays on. Another CPU or BLAS sums a matrix product in another order.
+
+Left out: data, schedules, processes and files (train.py), and derivatives.
 
 References
 ----------
 J. Foerster, *Nonlinear computation in deep linear networks*, OpenAI, 2017 ("the post"),
 https://openai.com/index/nonlinear-computation-in-deep-linear-networks/
 T. Salimans et al., *Evolution Strategies as a Scalable Alternative to Reinforcement Learning*,
-arXiv 1703.03864. IEEE Std 754-2019, 7.5 (underflow). Intel SDM vol. 1, 10.2.3.3 and 10.2.3.4.
+arXiv 1703.03864.
+R. J. Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement
+learning*, Machine Learning 8, 1992; J. Werfel, X. Xie, H. S. Seung, *Learning curves for stochastic
+gradient descent in linear feedforward networks*, NIPS 2003; S. Dalm, M. van Gerven, N. Ahmad,
+*Effective Learning with Node Perturbation in Deep Neural Networks*, arXiv 2310.00965.
 I. Loshchilov, F. Hutter, *Decoupled Weight Decay Regularization*, arXiv 1711.05101.
+IEEE Std 754-2019, 7.5 (underflow). Intel SDM vol. 1, 10.2.3.3 and 10.2.3.4.
 """
 
-import collections
 import contextlib
 import ctypes
 import functools
-import itertools
+import inspect
+import numbers
 import platform
 
 import numpy as np
 
+__all__ = [
+    *("TINY", "SCALE", "SIZES", "flush", "hardware_ftz", "add", "subtract", "multiply", "divide"),
+    *("init", "forward", "activations", "product", "cross_entropy", "loss", "accuracy"),
+    *("mutation_signs", "es_slopes", "es_gradient", "es_gradient_plain", "adamw"),
+]
+
 float32 = np.float32
 TINY = float32(2.0**-126)  # smallest normal float32
-SCALE = float32(2.0**125)  # S: a unit lives at |z| / S >= TINY, that is |z| >= 1/2
+SCALE = float32(2.0**125)  # S: z / S survives where |z| / S >= TINY, that is |z| >= 1/2
 SIZES = (784, 512, 512, 10)
-SLICE = 128  # examples evaluated together: what a task of `es_gradient` has
 
-# --- Flush-to-zero arithmetic -------------------------------------------------------------------
 
-_MAGNITUDE, _TINY_BITS = np.int32(0x7FFFFFFF), np.int32(0x00800000)  # all bits but the sign; those of TINY
+def _require(holds, name, expected, found, error=ValueError):
+    if not holds:
+        raise error(f"{name}: expected {expected}, found {found}")
+
+
+def _float32(x, name="operand"):
+    found = getattr(x, "dtype", type(x).__name__)
+    _require(found == float32, name, "float32 (x.astype(np.float32) converts an array)", found, TypeError)
+    return np.asarray(x)
+
+
+# --- The CPU's flags ------------------------------------------------------------------------------
+
+# Where the C library keeps the control register of the floating-point unit in its fenv_t. System, machine, bytes of
+# a pointer: library, 32-bit words of fenv_t, index of the register, its bits to clear, FTZ bit, DAZ bit.
+_FENV = {
+    ("Linux", "x86_64", 8): ("libm.so.6", 8, 7, 0x8040, 0x8000, 0x0040),  # glibc, MXCSR
+    ("Linux", "aarch64", 8): ("libm.so.6", 2, 0, 1 << 24, 1 << 24, 1 << 24),  # glibc, FPCR.FZ: both at once
+    ("Darwin", "x86_64", 8): (None, 4, 1, 0x8040, 0x8000, 0x0040),
+    ("Darwin", "arm64", 8): (None, 4, 2, 1 << 24, 1 << 24, 1 << 24),
+}
+
+
+class hardware_ftz:
+    """Put the CPU itself in flush-to-zero mode, for the calling thread, as long as the context lasts.
+
+        with hardware_ftz():                            # or as a decorator of a function
+            h = z / S
+
+    Flushes results (FTZ) and, with `daz`, operands ("denormals are zero"). With `ftz=False` results
+    stay: `hardware_ftz(daz=False, ftz=False)` is IEEE arithmetic, whatever the thread's mode was. On
+    leaving, also by an exception, the floating-point environment is what it was; contexts nest.
+
+    The flags belong to the thread, not to the block of text. Threads begun inside inherit them and
+    keep them for life; those that run already, as the workers of a BLAS and of a pool do, keep their
+    own. After a `yield` or `await` inside, whoever runs next in the thread runs with them. So keep
+    matrix products outside (a fused multiply-add flushes its accumulator, too), make the inputs and
+    look at the results outside: inside, comparisons, `min` and `sort` read subnormals as zeros.
+
+    The first time that a process enters a mode, its effect on a product and on an operand is looked
+    at. Seen: Linux x86-64 on CPUs of Intel and AMD, Linux AArch64 under QEMU's emulation. macOS and
+    Windows are written from their documentation.
+
+    Raises
+    ------
+    RuntimeError : on entering, if the platform is not known, sets the flags without any effect (some
+        emulators and instrumenting tools) or has one flag for both and is asked for one.
+    TypeError : it decorates a generator or coroutine, whose body would run outside.
+    """
+
+    def __init__(self, daz=True, ftz=True):
+        self.ftz, self.daz, self.undo = bool(ftz), bool(daz), []
+
+    def __enter__(self):
+        self.undo.append(_switch(self.ftz, self.daz)())
+
+    def __exit__(self, *error):
+        self.undo.pop()()
+
+    def __call__(self, function):
+        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+        found = f"{function}: use `with hardware_ftz()` inside it, between one yield or await and the next"
+        _require(not any(kind(function) for kind in kinds), "hardware_ftz", "an ordinary function", found, TypeError)
+
+        @functools.wraps(function)
+        def flushing(*args, **options):
+            with hardware_ftz(self.daz, self.ftz):
+                return function(*args, **options)
+
+        return flushing
+
+
+@functools.cache
+def _switch(ftz, daz):
+    """A function that puts the calling thread in a mode and returns the function that undoes it; tried once, here."""
+    fenv_t, read, write, register, mask, ftz_bit, daz_bit = _fpu_control()
+
+    def switch():
+        env = fenv_t()
+        read(env)
+        saved = env[register]
+        env[register] = saved & ~mask | ftz * ftz_bit | daz * daz_bit
+        write(env)
+        env[register] = saved
+        return functools.partial(write, env)
+
+    subnormal = np.uint32(1 << 22).view(float32)  # TINY / 2; times 2, TINY, unless it is read as 0
+    with np.errstate(all="ignore"):
+        undo = switch()
+        results = TINY * float32(0.5), subnormal * float32(2)
+        undo()
+    effect = tuple(bool(result.view(np.uint32) == 0) for result in results)
+    found = f"{effect} although it is set: use the emulation"
+    _require(effect == (ftz, daz), "hardware_ftz: unknown platform: FTZ, DAZ", (ftz, daz), found, RuntimeError)
+    return switch
+
+
+def _fpu_control():
+    """fenv_t, the functions that read and write one, and what a row of _FENV has after its size."""
+    system, machine = platform.system(), platform.machine()
+    if system == "Windows":  # _MCW_DN is 0x03000000 and _DN_FLUSH, 1 << 24, is both at once
+        control = ctypes.PyDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
+        read, write = lambda env: env.__setitem__(0, control(0, 0)), lambda env: control(env[0], 0x03000000)
+        return ctypes.c_uint32 * 1, read, write, 0, 0x03000000, 1 << 24, 1 << 24
+    try:
+        library, words, *where = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
+        libm = ctypes.PyDLL(library)  # PyDLL keeps the GIL: faster
+    except (KeyError, OSError) as error:
+        raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation") from error
+    return ctypes.c_uint32 * words, libm.fegetenv, libm.fesetenv, *where
+
+
+def _ieee(function):
+    """Compute a function in IEEE arithmetic, whatever mode the thread is in and whatever np.seterr says."""
+
+    @functools.wraps(function)
+    def computed(*args, **options):
+        with np.errstate(all="ignore"), contextlib.ExitStack() as stack:
+            with contextlib.suppress(RuntimeError):  # an unknown platform: its mode stays as it is
+                stack.callback(_switch(ftz=False, daz=False)())
+            return function(*args, **options)
+
+    return computed
+
+
+# --- Flush-to-zero arithmetic ---------------------------------------------------------------------
 
 
 def flush(x):
@@ -61,30 +201,30 @@ def flush(x):
     Returns
     -------
     float32, the same shape. +-0, normal numbers from +-TINY on, inf and NaN pass unchanged, bit for
-    bit; magnitudes from 2^-149 to TINY - 2^-149 become +0 or -0. Integer operations only, so the
-    result does not depend on the mode that the CPU is in.
+    bit; magnitudes from 2^-149 to TINY - 2^-149 become +0 or -0. Integer operations only.
 
     Raises
     ------
     TypeError : x is not float32.
     """
-    bits = _float32(x).view(np.int32)
-    keep = (_TINY_BITS - 1 - (bits & _MAGNITUDE)) >> 31  # every bit from TINY on, none below
-    return (bits & (keep | ~_MAGNITUDE)).view(float32)[()]
+    bits, magnitude = _float32(x).view(np.int32), np.int32(0x7FFFFFFF)
+    lost = ((bits & magnitude) - np.int32(0x00800000) >> 31) & magnitude & bits  # >> 31: -1 below TINY, 0 from it on
+    return (bits ^ lost).view(float32)[()]
 
 
-def add(a, b, daz=True, tininess="after", out=None):
+def add(a, b, daz=True, tininess="after"):
     """a + b as a CPU with flush-to-zero (FTZ) computes it, bit for bit.
 
-    `subtract`, `multiply` and `divide` have the same signature and contract.
+    `subtract`, `multiply` and `divide` have the same signature and contract. Compared with x86-64
+    CPUs of Intel and AMD, with products of an NVIDIA H200 (both "after"), with AArch64 under QEMU's
+    emulation ("before") and with Berkeley SoftFloat (either), without a difference.
 
     Parameters
     ----------
     a, b : float32 arrays or scalars, broadcast as NumPy does.
     daz : also read subnormal operands as the zero of their sign ("denormals are zero").
-    tininess : "after" rounding (x86: an exact result x is flushed iff |x| < TINY - 2^-151) or
-        "before" (AArch64: iff |x| < TINY). They differ on products alone.
-    out : float32 array to write to and return; may overlap `a` and `b`.
+    tininess : "after" rounding (an exact result x is flushed iff |x| < TINY - 2^-151) or "before"
+        (iff |x| < TINY). They differ on products alone.
 
     Returns
     -------
@@ -94,158 +234,49 @@ def add(a, b, daz=True, tininess="after", out=None):
 
     Raises
     ------
-    TypeError : an operand or `out` is not float32. ValueError : an unknown `tininess`, or shapes
-    that do not broadcast.
+    TypeError : an operand is not float32. ValueError : an unknown `tininess`, or shapes that do not
+    broadcast.
     """
-    return _flushed(np.add, a, b, daz, tininess, out)
+    return _flushed(np.add, a, b, daz, tininess)
 
 
-def subtract(a, b, daz=True, tininess="after", out=None):
+def subtract(a, b, daz=True, tininess="after"):
     """a - b under flush-to-zero: see `add`."""
-    return _flushed(np.subtract, a, b, daz, tininess, out)
+    return _flushed(np.subtract, a, b, daz, tininess)
 
 
-def multiply(a, b, daz=True, tininess="after", out=None):
+def multiply(a, b, daz=True, tininess="after"):
     """a * b under flush-to-zero: see `add`."""
-    return _flushed(np.multiply, a, b, daz, tininess, out)
+    return _flushed(np.multiply, a, b, daz, tininess)
 
 
-def divide(a, b, daz=True, tininess="after", out=None):
+def divide(a, b, daz=True, tininess="after"):
     """a / b under flush-to-zero: see `add`."""
-    return _flushed(np.divide, a, b, daz, tininess, out)
+    return _flushed(np.divide, a, b, daz, tininess)
 
 
-def _flushed(op, a, b, daz, tininess, out):
-    """`_compute` in chunks: what it reads more than once is then in the cache."""
-    if tininess not in ("after", "before"):
-        raise ValueError(f'tininess: expected "after" or "before", found {tininess!r}')
-    for x in (a, b) if out is None else (a, b, out):
-        _float32(x)
-    chunks = np.nditer(
-        [a, b, out],
-        flags=["external_loop", "buffered", "zerosize_ok", "copy_if_overlap"],
-        op_flags=[[use, "allocate", "overlap_assume_elementwise"] for use in ("readonly", "readonly", "writeonly")],
-        buffersize=1 << 16,
-    )
-    with chunks, np.errstate(all="ignore"):
-        for x, y, z in chunks:
-            _compute(op, x, y, z, daz, tininess)
-        result = chunks.operands[2]
-    return result[()] if out is None else out
+# An exact result x is flushed iff |x| < LEAST. float64 decides that: sums near TINY and products are exact in it, and a
+# quotient of 24-bit significands is LEAST["before"] itself or at least 2^-49 |x| away from either. Where x is not
+# flushed, the IEEE result is right: from TINY - 2^-151 on, it has rounded up to TINY.
+LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
-def _compute(op, x, y, z, daz, tininess):
-    """z[:] = op(x, y), the same bits in whatever mode the CPU itself is."""
-    sizes_x, sizes_y = _magnitudes(x), _magnitudes(y)
-    least_x, least_y = sizes_x.min(), sizes_y.min()
-    extreme_y = sizes_y.max() if op is np.divide else least_y
-    read = flush if daz else _widen  # subnormals become zeros, or float64; zeros stay what they are
-    x = read(x) if least_x < _TINY_BITS else x
-    y = read(y) if least_y < _TINY_BITS else y
-    if op in (np.add, np.subtract):
-        op(x, y, out=z)  # a subnormal sum is exact: flushing it afterwards is no different
-        if _magnitudes(z).min() < _TINY_BITS:
-            z[:] = flush(z)
-    elif op(least_x.view(float32), extreme_y.view(float32), dtype=np.float64) > TINY:
-        op(x, y, out=z)  # the least result is not tiny, so none is
-    else:
-        # The rule: a result is tiny if it is below 1 in units of TINY, where the exponent is far from
-        # its limit (what overflows is not tiny). "After" is rounded to float32; "before", float64 has
-        # the bits to tell: products are exact, and a quotient is 1 or at least 2^-24 away from it.
-        wide = np.float64 if tininess == "before" else np.result_type(x, y).type
-        units = op(x * wide(1 / TINY), y)
-        if tininess == "after":
-            units = units.astype(float32, copy=False)
-        op(x * (np.abs(units) >= 1), y, out=z)  # 0 op y is the zero of the right sign
-
-
-def _magnitudes(x):
-    """The bits without the sign, which have the order of |x|; just one where x is a broadcast scalar."""
-    return (x[:1] if x.strides == (0,) else x).view(np.int32) & _MAGNITUDE
-
-
-def _widen(x):
-    """float32 -> float64 by way of the bits: a CPU in DAZ mode converts a subnormal to 0."""
-    bits = x.view(np.int32) & _MAGNITUDE
-    return np.where(bits < _TINY_BITS, np.copysign(bits * 2.0**-149, x), x)
-
-
-def _float32(x):
-    if getattr(x, "dtype", None) != float32:
-        raise TypeError(f"expected float32, found {getattr(x, 'dtype', type(x).__name__)}")
-    return np.asarray(x)
-
-
-# Where the C library keeps the control register of the floating-point unit in its fenv_t. System, machine,
-# bytes of a pointer: library, 32-bit words of fenv_t, index of the register, its FTZ bit, its DAZ bit.
-_FENV = {
-    ("Linux", "x86_64", 8): ("libm.so.6", 8, 7, 0x8000, 0x0040),  # glibc, MXCSR
-    ("Linux", "aarch64", 8): ("libm.so.6", 2, 0, 1 << 24, 1 << 24),  # glibc, FPCR.FZ: both at once
-    ("Darwin", "x86_64", 8): (None, 4, 1, 0x8000, 0x0040),
-    ("Darwin", "arm64", 8): (None, 4, 2, 1 << 24, 1 << 24),
-}
-
-
-def hardware_ftz(daz=True):
-    """Put the CPU itself in flush-to-zero mode, for the calling thread, as long as the context lasts.
-
-    Flushes results (FTZ) and, with `daz`, operands. On leaving, also by an exception, the
-    floating-point environment is exactly what it was; contexts nest. Keep matrix products outside:
-    the threads of a BLAS keep their own mode, and an FMA flushes its accumulator. Make the inputs
-    and look at the results outside too: inside, comparisons and `min` read subnormals as zeros.
-
-    Verified on Linux x86-64; Linux AArch64, macOS and Windows are written from their documentation
-    and unverified.
-
-    Raises
-    ------
-    RuntimeError : on entering, if the platform is not known or cannot flush results without operands.
-    """
-    return _fpu_mode(True, daz)
-
-
-@contextlib.contextmanager
-def _fpu_mode(ftz, daz):
-    read, write, register, mask, ftz_bit, daz_bit = _fpu_control()
-    if ftz != daz and ftz_bit == daz_bit:
-        raise RuntimeError("hardware_ftz: this CPU or system switches FTZ and DAZ only together (daz=True)")
-    env = read()
-    saved = env[register]
-    env[register] = saved & ~mask | ftz * ftz_bit | daz * daz_bit
-    write(env)
-    env[register] = saved
-    try:
-        yield
-    finally:
-        write(env)
-
-
-@functools.cache
-def _fpu_control():
-    """How to read and to write the environment; where in it the register is, its bits to clear, FTZ, DAZ."""
-    system, machine = platform.system(), platform.machine()
-    if system == "Windows":  # _MCW_DN is 0x03000000 and _DN_FLUSH, 1 << 24, is both at once
-        control = ctypes.PyDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
-        return lambda: [control(0, 0)], lambda env: control(env[0], 0x03000000), 0, 0x03000000, 1 << 24, 1 << 24
-    try:
-        library, words, register, ftz_bit, daz_bit = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
-        libm, fenv_t = ctypes.PyDLL(library), ctypes.c_uint32 * words  # PyDLL keeps the GIL: faster
-    except (KeyError, OSError) as error:
-        raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation") from error
-
-    def read():
-        env = fenv_t()
-        libm.fegetenv(env)
-        return env
-
-    return read, libm.fesetenv, register, ftz_bit | daz_bit, ftz_bit, daz_bit
+@_ieee
+def _flushed(op, a, b, daz, tininess):
+    _require(tininess in ("after", "before"), "tininess", '"after" or "before"', repr(tininess))
+    a, b = (flush(a), flush(b)) if daz else (_float32(a), _float32(b))
+    with np.nditer([a, b, None], ["external_loop", "buffered", "zerosize_ok"], buffersize=1 << 15) as chunks:
+        for x, y, result in chunks:  # few enough elements for the temporaries to stay in the cache
+            wide = op(x, y, dtype=np.float64)
+            np.multiply(op(x, y), np.abs(wide, out=wide) >= LEAST[tininess], out=result)
+        return chunks.operands[2][()]
 
 
 # --- The network ----------------------------------------------------------------------------------
 
 
 def init(rng, sizes=SIZES):
-    """He initialisation: W ~ N(0, sqrt(2 / fan_in)), b = 0.
+    """He initialisation: W ~ N(0, 2 / fan_in) (the variance), b = 0.
 
     Parameters
     ----------
@@ -256,31 +287,58 @@ def init(rng, sizes=SIZES):
     -------
     list of (W [fan_in, width], b [width]), float32, one pair a layer.
     """
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes: expected at least two positive widths, found {tuple(sizes)}")
-    return [
-        (rng.standard_normal((i, o), dtype=float32) * float32(np.sqrt(2 / i)), np.zeros(o, float32))
-        for i, o in itertools.pairwise(sizes)
-    ]
+    _require(isinstance(rng, np.random.Generator), "rng", "a numpy.random.Generator", type(rng).__name__, TypeError)
+    _require(len(sizes) >= 2 and min(sizes) >= 1, "sizes", "at least two positive widths", tuple(sizes))
+    pairs = zip(sizes, sizes[1:])
+    return [(rng.standard_normal((i, o), float32) * float32(np.sqrt(2 / i)), np.zeros(o, float32)) for i, o in pairs]
 
 
-def forward(params, x, ftz=True, scale=SCALE, transfer=None):
-    """The network, operation by operation: [batch, inputs] -> logits [batch, classes], float32.
+def _check(params, x, ftz=True, scale=SCALE, transfer=None):
+    """float32 everywhere (one stray float64 changes the physics), shapes that fit, a network that there is."""
+    width = _float32(x, "x").shape[-1] if np.ndim(x) == 2 else f"shape {np.shape(x)}"
+    _require(len(params) > 0, "params", "[(W, b), ...], a pair a layer", params)
+    for i, (W, b) in enumerate(params, 1):
+        fits = _float32(W, f"W{i}").ndim == 2 and len(W) == width and _float32(b, f"b{i}").shape == W.shape[1:]
+        _require(fits, f"layer {i}", f"W [{width}, width], b [width]", f"W {W.shape}, b {b.shape}, which do not fit")
+        width = W.shape[1]
+    _require(ftz in (True, False, "hardware"), "ftz", 'True, False or "hardware"', repr(ftz))
+    _check_scale(scale)
+    if transfer is not None:
+        h = transfer(np.zeros((1, 1), float32)) if callable(transfer) else transfer
+        _require(_float32(h, "transfer's result").shape == (1, 1), "transfer", "a result of its argument's shape", h)
 
-    `ftz`: True, every operation but the product flushes its operands and its result; "hardware",
-    the CPU's own flags do that, with the same bits; False, the same code in IEEE arithmetic with
-    gradual underflow, where the network is linear up to rounding. `scale`: another S, a power of two.
-    `transfer`: for comparison, an ordinary network without S and flush, whose hidden units have this
-    function of an array of sums, float32 to float32 of the same shape, and whose logits are linear.
-    Raises TypeError for anything but float32, ValueError for shapes that do not fit.
+
+def _check_scale(scale):
+    good = _float32(scale, "scale").ndim == 0 and scale >= 1 and np.frexp(scale)[0] == 0.5
+    _require(good, "scale", "a power of two from 1 to 2^127", scale)
+
+
+@_ieee
+def product(h, W, scale=SCALE):
+    """h @ W for h around 2^-126, keeping subnormals: [batch, fan_in] -> [batch, width].
+
+    Written as (h S) @ W / S, divided in IEEE arithmetic: S is a power of two, so only the rounding of
+    subnormal partial sums (to multiples of 2^-149) is spared, and the time that some CPUs need for
+    subnormals: the literal product took 200 times as long on one CPU, as long on an AMD EPYC (Zen 3).
     """
-    logits = activations(params, x, ftz, scale, transfer)[-1]
-    return _arithmetic(ftz)[1](logits, scale) if transfer is None else logits
+    _check_scale(scale)
+    return (_float32(h) * scale) @ _float32(W) / scale
 
 
+def _arithmetic(ftz):
+    """add, multiply, divide for a value of `ftz`."""
+    if ftz == "hardware":
+        return [hardware_ftz()(op.__call__) for op in (np.add, np.multiply, np.divide)]
+    return (add, multiply, divide) if ftz else (np.add, np.multiply, np.divide)
+
+
+@_ieee
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
-    """h1, h2, ... of every layer, [batch, width] each, at their true size: around 2^-126 without a transfer."""
-    _check(params, x)
+    """h1, h2, ... of every layer, [batch, width] each, at their true size: around 2^-126 without a transfer.
+
+    The last are the logits, still divided by S without a transfer. Arguments and errors: see `forward`.
+    """
+    _check(params, x, ftz, scale, transfer)
     if transfer is not None:
         hs = []
         for l, (W, b) in enumerate(params, 1):
@@ -290,405 +348,338 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     plus, _, over = _arithmetic(ftz)
     (W, b), *later = params
     hs = [over(plus(x @ W, b), scale)]
-    for W, b in later:  # b / S underflows until |b| >= 1/2: as in the post, these biases are inert
+    for W, b in later:  # b / S underflows until |b| >= S TINY, 1/2: as in the post, these biases are inert
         hs.append(plus(product(hs[-1], W, scale), over(b, scale)))
     return hs
 
 
-def _arithmetic(ftz):
-    """add, multiply, divide for a value of `ftz`."""
-    if ftz == "hardware":
-        return tuple(hardware_ftz()(op.__call__) for op in (np.add, np.multiply, np.divide))
-    if ftz not in (True, False):
-        raise ValueError(f'ftz: expected True, False or "hardware", found {ftz!r}')
-    return (add, multiply, divide) if ftz else (np.add, np.multiply, np.divide)
+@_ieee
+def forward(params, x, ftz=True, scale=SCALE, transfer=None):
+    """The network, operation by operation: [batch, inputs] -> logits [batch, classes], float32.
 
+    Parameters
+    ----------
+    params : list of (W [fan_in, width], b [width]), float32; any depth.
+    x : [batch, inputs] float32.
+    ftz : True, every operation but the product flushes its operands and its result; "hardware", the
+        CPU's own flags do that, with the same bits (compared on Linux x86-64); False, the same
+        operations with gradual underflow: the network is linear up to rounding. No operation needs a
+        `tininess`: a sum, or a scaling by a power of two, never has an exact result where they differ.
+    scale : S, a float32 power of two from 1 to 2^127; the dead zones end at |z| = S TINY.
+    transfer : for comparison, an ordinary network without S and flush, whose hidden units have this
+        function of an array of sums (float32 to float32, elementwise) and whose logits are linear.
 
-def product(h, W, scale=SCALE):
-    """h @ W for h around 2^-126, keeping subnormals: [batch, fan_in] -> [batch, width].
-
-    Written as (h S) @ W / S, divided in IEEE arithmetic: S is a power of two, so only the rounding
-    of subnormal partial sums (to multiples of 2^-149) is spared, and with it a factor of 200 in time.
+    Raises
+    ------
+    TypeError : anything but float32. ValueError : shapes that do not fit, another `ftz` or `scale`, a
+    transfer whose result has another shape.
     """
-    return (h * scale) @ W / scale
+    logits = activations(params, x, ftz, scale, transfer)[-1]
+    return _arithmetic(ftz)[1](logits, scale) if transfer is None else logits
 
 
+def _check_labels(logits, labels):
+    _require(_float32(logits, "logits").ndim >= 2, "logits", "[..., n, classes]", logits)
+    labels, (n, classes) = np.asarray(labels), logits.shape[-2:]
+    _require(labels.dtype.kind in "iu", "labels", "integers", labels.dtype, TypeError)
+    _require(labels.shape == (n,) and n >= 1, "labels", f"shape ({n},), 1 or more of them", labels.shape)
+    found = f"{labels.min()} to {labels.max()}"
+    _require(0 <= labels.min() and labels.max() < classes, "labels", f"integers in [0, {classes})", found)
+
+
+@_ieee
+def cross_entropy(logits, labels):
+    """Cross-entropy of each example, in nats.
+
+    Parameters
+    ----------
+    logits : [..., n, classes] float32; not changed.
+    labels : [n] integers in [0, classes), n >= 1; the same for all leading axes.
+
+    Returns
+    -------
+    [..., n] float32.
+
+    Raises
+    ------
+    TypeError : logits are not float32, or labels not integers. ValueError : labels of another shape or range.
+    """
+    _check_labels(logits, labels)
+    z = logits - logits.max(axis=-1, keepdims=True)
+    right = z[..., np.arange(len(labels)), labels]
+    return np.log(np.exp(z, out=z).sum(axis=-1)) - right
+
+
+@_ieee
 def loss(logits, labels):
-    """Mean cross-entropy in nats of [batch, classes] logits against [batch] labels; to be minimised."""
-    z = logits - logits.max(axis=1, keepdims=True)
-    return np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels])
+    """Mean `cross_entropy` of [batch, classes] logits against [batch] labels; to be minimised."""
+    return cross_entropy(logits, labels).mean()
 
 
+@_ieee
 def accuracy(logits, labels):
     """Share of [batch] labels that the largest of the [batch, classes] logits names."""
-    return float(np.mean(logits.argmax(axis=1) == labels))
-
-
-def _check(params, x):
-    """float32 everywhere (one stray float64 changes the physics) and shapes that fit."""
-    width = _float32(x).shape[-1] if np.ndim(x) == 2 else f"shape {np.shape(x)}"
-    for i, (W, b) in enumerate(params, 1):
-        if _float32(W).ndim != 2 or len(W) != width or _float32(b).shape != W.shape[1:]:
-            raise ValueError(f"layer {i}: W {W.shape}, b {b.shape} do not fit an input of {width}")
-        width = W.shape[1]
+    _check_labels(logits, labels)
+    return float(np.mean(logits.argmax(axis=-1) == labels))
 
 
 # --- The ES gradient ------------------------------------------------------------------------------
 #
 # ES estimates a gradient from the losses of mutated networks: g = E[(L(w + sigma e) - L(w - sigma e)) e]
-# / (2 sigma). Drawing one e for all 669,706 weights and a whole batch buries the signal in noise.
-# Five exact steps make the same estimate cheap:
-#   1. The expectation is linear: every example has mutations of its own.
-#   2. An example sees the weights of unit j only through z_j = a . W[:, j], a being the layer's input.
-#      Mutations across a change nothing, so mutate along it: W[:, j] +- sigma a/|a|, z_j +- sigma |a|.
-#   3. A member mutates a block of k units of one layer, signs e at random, against its mirror image -e.
+# / (2 sigma), e ~ N(0, 1) for every weight. For all 669,706 weights and a whole batch at once, the noise
+# of that buries the signal. This is a relative with less noise, by four steps. A *member* is a mutated
+# network; L, the loss of one example; of a layer, a is the input (with the constant 1 of a bias that
+# acts), z = a . W the sums and h = t(z) the outputs, in units of 1/S.
+#
+#   1. The expectation is linear, so every example has members of its own.
+#   2. The example sees the weights of unit j only through z_j = a . W[:, j]. A mutation across a changes
+#      nothing, so mutate along a: W[:, j] +- sigma a/|a|, which moves z_j by +- sigma |a|. (The field
+#      calls that node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
+#   3. A member mutates a block J of k units of one hidden layer, or one unit of the last, with a random
+#      sign e_j = +-1 for each unit; beside it stands its mirror image, with -e (antithetic sampling).
 #   4. A unit whose output is the same in both has no part in their difference: its estimate is 0.
-#   5. The layer above is measured first. With its slopes, the loss per change of its sums, a change c of the
-#      output of unit j predicts the difference c (W slopes)_j. Every unit gets what is predicted for itself,
-#      and only what all predictions leave of the measured difference goes to all units of the block: a
-#      control variate, which takes noise away and leaves the expectation alone, however good or bad it is.
-# With `jitter` and `dropout`, all this happens in a network of the example's own, the same for all its members: every
-# unit of it is mutated once, and some hidden ones so far that their sums are 0, with all weights of the layer above
-# larger by as much as is missing then. The loss is smoothed over that: units keep away from their thresholds and do
-# not rely on each other.
+#
+#     r   = L(+e) - L(-e)                            the difference of the losses, one for the block
+#     c_j = h_j(+e) - h_j(-e)                        the movement of the unit's output
+#     s_j = r [c_j != 0] / (2 e_j sigma |a|)         the slope of the loss along z_j; 0 where |a| = 0
+#     dW[:, j] = a s_j,   db_j = s_j                 means over the batch
+#
+# s_j is an unbiased estimate of (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|), averaged over
+# the signs of the other units of the block, all remaining units at their base: the slope of the loss
+# along z_j over the interval +- sigma |a|. That is neither the gradient of the Gaussian-smoothed loss nor
+# obviously the gradient of one function. Steps 1 and 4 leave g as it is; so does step 2 where nothing
+# below the layer is mutated; signs instead of Gaussians, and step 3, change what is estimated.
+#
+# Optional, a control variate: layers are measured from the last to the first, so the slopes s' of the
+# layer above are known, and with its weights W' the chain rule predicts what unit j adds to r:
+#
+#     g_j = c_j (W' s')_j,     s_j = (g_j + (r - sum_J g) [c_j != 0]) / (2 e_j sigma |a|)
+#
+# The expectation is the same however bad the prediction; a good one takes the noise away that the units
+# of a block are to each other. It is a linear surrogate of the loss made of measured slopes, and takes no
+# derivative; with c_j in the place of a derivative, it is also what backprop would do.
 
 
-def mutation_signs(rng, width, n):
-    """A random sign for every unit and example: [width, n] of -1 or +1, float32."""
-    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-width * n // 8)), np.uint8), count=width * n)
-    return (2 * bits.reshape(width, n).view(np.int8) - 1).astype(float32)
+def mutation_signs(rng, params, n):
+    """e of all layers, [n, sum of the widths] int8 of -1 and +1: a row an example, the first layer first.
+
+    Drawn at once from the generator as it stands, which advances: its state decides them, before the
+    batch is cut into tasks. Raises TypeError if `rng` is no np.random.Generator.
+    """
+    _require(isinstance(rng, np.random.Generator), "rng", "a numpy.random.Generator", type(rng).__name__, TypeError)
+    count = n * sum(len(b) for _, b in params)
+    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count)
+    return (2 * bits.view(np.int8) - 1).reshape(n, -1)
 
 
-def block_sizes(params, block):
-    """Units mutated together in each layer; the few of the last one have a member each."""
-    return [min(block, len(b)) for _, b in params[:-1]] + [1]
+def _acts(l, ftz=True, scale=SCALE, transfer=None):
+    """Whether the bias of layer l = 0, 1, ... acts: with the flush, the later ones are 0 before they are added."""
+    return l == 0 or not ftz or transfer is not None
 
 
-def mutated(params, l, J, step):
-    """A copy of params with step [fan_in + 1, k] added to the units J of layer l, its last row to b."""
-    W, b = (a.copy() for a in params[l])
-    W[:, J] += step[:-1]
-    b[J] += step[-1]
-    return [*params[:l], (W, b), *params[l + 1 :]]
+def _check_es(params, x, labels, sigma, block, losses, **net):
+    _check(params, x, **net)
+    n, classes, least = len(x), len(params[-1][1]), net.get("scale", SCALE) * TINY
+    good = isinstance(sigma, numbers.Real) and 0 < float32(sigma) < np.inf and isinstance(block, numbers.Integral)
+    _require(good and block >= 1, "sigma, block", "a finite number > 0, an integer >= 1", f"{sigma}, {block}")
+    _require(np.shape(labels)[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {np.shape(labels)}")
+    inert = all(_acts(l, **net) or np.abs(b).max() < least for l, (_, b) in enumerate(params))
+    _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
+    found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
+    _require(found == (1, n), "losses", f"[..., {n}] for logits [..., {n}, {classes}]", f"shape {found} for [1, ...]")
 
 
-def shifted(params, x, shifts, ftz, transfer):
-    """A copy of params for one example x [1, inputs], mutated in each layer along the input that the
-    example brings there, so that the layer's sums move by its shift [width]."""
-    for l, shift in enumerate(shifts):
-        a = _layer_input(params, x, l, ftz, transfer)
-        if np.any(a) and np.any(shift):
-            params = mutated(params, l, slice(None), np.outer(a / (a @ a), shift))
-    return params
+@_ieee
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
+    """`es_gradient` literally: example by example and member by member, each a network with mutated weights."""
+    _check_es(params, x, labels, sigma, block, losses, **net)
+    unit, last = 1 if net.get("transfer") else net.get("scale", SCALE), len(params) - 1
+    grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]  # of [W; b]
+    for i, signs in enumerate(mutation_signs(rng, params, len(x)).astype(float32)):
+        example, label, above = x[i : i + 1], labels[i : i + 1], None
+        inputs = [example] + [h * unit for h in activations(params, example, **net)]
+        for l, (W, b) in reversed([*enumerate(params)]):
+            signs, e = np.split(signs, [-len(b)])
+            a, s = np.append(inputs[l], float32(_acts(l, **net))), np.zeros_like(b)
+            shift, k = float32(sigma) * np.linalg.norm(a), block if l < last else 1
+            for J in [np.arange(j, min(j + k, len(b))) for j in range(0, len(b), k) if shift > 0]:
+                L, h = [], []
+                for sign in (1, -1):
+                    Wb = np.vstack([W, b])
+                    Wb[:, J] += np.outer(a / np.linalg.norm(a), sign * float32(sigma) * e[J])
+                    member = [*params[:l], (Wb[:-1], Wb[-1]), *params[l + 1 :]]
+                    L.append(losses(forward(member, example, **net), label)[0])
+                    h.append(activations(member, example, **net)[l][0, J] * unit)
+                c = h[0] - h[1]
+                g = c * (params[l + 1][0][J] @ above) if control_variate and l < last else np.zeros_like(c)
+                s[J] = (g + (L[0] - L[1] - g.sum()) * (c != 0)) / (2 * e[J] * shift)
+            grads[l] += np.outer(a, s) / float32(len(x))
+            above = s
+    return [(grad[:-1], grad[-1]) for grad in grads]
 
 
-def _shifts(rng, z, size, jitter, dropout):
-    """How the sums z [width, n] of a layer move in the examples' own networks, size [n] being that of its input."""
-    shift = np.zeros_like(z)
-    if jitter:
-        shift += mutation_signs(rng, *z.shape) * (float32(jitter) * size)
-    if dropout:
-        shift = np.where(rng.random(z.shape, dtype=float32) < float32(dropout), -z, shift)
-    return shift
+def _layers(params, ftz=True, scale=SCALE, transfer=None):
+    """(W, b, t) of each layer, in units of 1/S and with an example a column: h = t(W^T a + b). May overwrite."""
+    flags = hardware_ftz()
+
+    def dead_zone(z):
+        if ftz == "hardware":
+            with flags:
+                z /= scale
+                z *= scale
+        elif ftz:
+            z *= np.abs(z) >= scale * TINY
+        return z
+
+    ts = [transfer or dead_zone] * (len(params) - 1) + [np.positive if transfer else dead_zone]
+    return [(W, b[:, None] * _acts(l, ftz, scale, transfer), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
 
 
-def _louder(params, dropout):
-    """Weights with a gain of 1 / (1 - dropout) where some of the inputs are silent: in all layers but the first."""
-    return [(W / float32(1 - dropout) if l and dropout else W, b) for l, (W, b) in enumerate(params)]
+def _member_losses(layers, l, k, change, base, labels, losses):
+    """Losses [blocks, 2, n] of the members, and of their mirror images, whose outputs in layer l `change`.
+
+    change : [width, 2, n], of the outputs of the layer, a block of k after the other.
+    base : [next width, n], what it is added to: the sums of the next layer, or the logits.
+    """
+    (width, _, n), above = change.shape, layers[l + 1 :]
+    classes, change, base = layers[-1][0].shape[1], change.reshape(width, 2 * n), np.tile(base, 2)
+    W = above[0][0] if above else np.eye(classes, dtype=float32)  # a change of the logits is what it is
+    starts, buffer, found = range(0, width, k), np.empty_like(base), []  # one buffer, which stays in the cache
+    for i in range(0, len(starts), together := max(1, (1 << 17) // (classes * 2 * n))):  # memory stays bounded
+        logits = np.empty((len(starts[i : i + together]), classes, 2 * n), float32)
+        for o, j in zip(logits, starts[i:]):
+            z = np.matmul(W[j : j + k].T, change[j : j + k], out=buffer)
+            z += base
+            for (_, _, t), (W2, b, _) in zip(above, above[1:]):
+                z = W2.T @ t(z) + b
+            o[...] = z
+        logits = above[-1][2](logits) if above else logits
+        found.append(losses(np.moveaxis(logits.reshape(-1, classes, 2, n), 1, -1), labels))
+    return np.concatenate(found)
 
 
-def _layer_input(params, x, l, ftz, transfer):
-    """Input of layer l for one example, with the 1 of the bias if that acts: [fan_in + 1]."""
-    a = _outputs(params, x, ftz, transfer)[l - 1][0] if l else x[0]
-    return np.append(a, float32(_bias_acts(l, ftz)))
+@_ieee
+def _task_slopes(params, sigma, block, losses, control_variate, net, task):
+    x, labels, signs = task
+    layers, sums, a = _layers(params, **net), [], [x.T]
+    for W, b, t in layers:
+        sums.append(W.T @ a[-1] + b)
+        a.append(t(sums[-1].copy()))
+    sums.append(a[-1])  # what a change of the logits is added to
+    signs = np.split(signs.T.astype(float32), np.cumsum([len(b) for _, b in params])[:-1])
+    mirror, slopes = np.array([[1], [-1]], float32), [None] * len(layers)
+    for l, (e, (_, _, t)) in reversed([*enumerate(zip(signs, layers))]):
+        k, hidden = (block, True) if l + 1 < len(layers) else (1, False)
+        shift = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(_acts(l, **net)))  # sigma |a|
+        h = t(sums[l][:, None] + mirror * (e * shift)[:, None])  # of members and mirror images, [width, 2, n]
+        L = _member_losses(layers, l, k, h - a[l + 1][:, None], sums[l + 1], labels, losses)
+        r, c, g = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
+        if control_variate and hidden:
+            g = c * (params[l + 1][0] @ slopes[l + 1])
+            r -= np.add.reduceat(g, range(0, len(g), k), axis=0)
+        per_shift = np.divide(0.5, shift, out=np.zeros_like(shift), where=shift > 0)
+        slopes[l] = (g + np.repeat(r, k, axis=0)[: len(c)] * (c != 0)) * (e * per_shift)
+    return a[1:-1], slopes
 
 
-def _outputs(params, x, ftz, transfer):
-    """`activations` in units of 1/S."""
-    return [h * SCALE if transfer is None else h for h in activations(params, x, ftz, transfer=transfer)]
+@_ieee
+def es_slopes(params, x, labels, signs, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
+    """What ES measures: the slope s of each example's loss along the sum of each unit.
+
+    The same as in `es_gradient_plain`, up to rounding, without its repetitions: what is below a mutation is
+    computed once, and only the change of k outputs is multiplied with the next weights.
+
+    Parameters
+    ----------
+    signs : [n, sum of the widths], as `mutation_signs` draws them.
+    Others as in `es_gradient`, and the same errors.
+
+    Returns
+    -------
+    outputs, slopes : lists of h [width, n] of each hidden layer and s [width, n] of each layer, float32, an
+        example a column. With the layer's input a, x.T or the h below, a s^T / n is the gradient of W.
+    """
+    _check_es(params, x, labels, sigma, block, losses, **net)
+    shape = len(x), sum(len(b) for _, b in params)
+    _require(np.shape(signs) == shape, "signs", f"shape {shape}, a sign for each row and unit", np.shape(signs))
+    return _task_slopes(params, sigma, block, losses, control_variate, net, (x, labels, signs))
 
 
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, dropout=0.0, transfer=None):
-    """`es_gradient` as stated above: each member is a network with literally mutated weights."""
-    ftz, params = ftz if transfer is None else False, _louder(params, dropout)
-    n, grads, predicted = len(x), [], 0  # predicted: loss per change of an output, [width, n]
-    examples = [x[i : i + 1] for i in range(n)]
-    shifts = [[] for _ in examples]
-    for l, (W, b) in enumerate(params):
-        own = [shifted(params, *pair, ftz, transfer) for pair in zip(examples, shifts)]
-        a = np.stack([_layer_input(*pair, l, ftz, transfer) for pair in zip(own, examples)], axis=1)
-        z, size = W.T @ a[:-1] + b[:, None] * a[-1], np.linalg.norm(a, axis=0)
-        moved = _shifts(rng, z, size, jitter, dropout if l + 1 < len(params) else 0)
-        for i in range(n):
-            shifts[i].append(moved[:, i])
-    for l, k in reversed([*enumerate(block_sizes(params, block))]):
-        W, b = params[l]
-        signs = mutation_signs(rng, len(b), n)
-        predicted, slopes = np.zeros_like(signs) + predicted, np.empty_like(signs)
-        dW, db = np.zeros_like(W), np.zeros_like(b)
-        for i, J in [(i, slice(j, j + k)) for i in range(n) for j in range(0, len(b), k)]:
-            a = _layer_input(shifted(params, examples[i], shifts[i], ftz, transfer), examples[i], l, ftz, transfer)
-            size = np.maximum(np.linalg.norm(a), float32(0.5))
-            e = signs[J, i]
-            step = np.outer(a / size, float32(sigma) * e)
-            mutants = [shifted(mutated(params, l, J, s), examples[i], shifts[i], ftz, transfer) for s in (step, -step)]
-            L = [loss(forward(mutant, examples[i], ftz, transfer=transfer), labels[i : i + 1]) for mutant in mutants]
-            h = [_outputs(mutant, examples[i], ftz, transfer)[l][0, J] for mutant in mutants]
-            own = predicted[J, i] * (h[0] - h[1])
-            rest = L[0] - L[1] - own.sum()
-            slopes[J, i] = (own + rest * (h[0] != h[1])) * e / float32(2 * sigma * size)
-            dW[:, J] += np.outer(a[:-1], slopes[J, i]) / float32(n)
-            db[J] += a[-1] * slopes[J, i] / float32(n)
-        grads.insert(0, (dW, db))
-        predicted = W @ slopes
-    return _louder(grads, dropout)
+TASK = 128  # examples whose slopes are measured together; of 64, each costs 1.1 times as much
 
 
-def es_gradient(params, x, labels, rng, sigma=0.02, block=8, ftz=True, jitter=0.0, dropout=0.0, map=map, transfer=None):
-    """Evolution-strategies estimate of the gradient of the loss, ready for descent.
+@_ieee
+def es_gradient(
+    params, x, labels, rng, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, map_tasks=map, **net
+):
+    """Evolution-strategies estimate of the gradient of the mean loss, ready for descent.
 
-    The same estimate as `es_gradient_plain`, up to rounding, a thousand times faster: what is
-    upstream of a mutation is not recomputed, and downstream only the change is multiplied.
+    From losses and activations of mutated networks alone; with the control variate, from their weights
+    too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
 
     Parameters
     ----------
     params : list of (W [fan_in, width], b [width]), float32; any depth.
-    x : [batch, inputs] float32. labels : [batch] integers in [0, classes).
-    rng : np.random.Generator, for the signs of the mutations.
+    x : [n, inputs] float32, n >= 1.
+    labels : [n] integers in [0, classes); with other `losses`, any array of n rows.
+    rng : np.random.Generator, for the signs of the mutations; it advances.
     sigma : size of a mutation of a unit's weights (Euclidean norm), > 0.
-    block : units mutated together, >= 1; the variance of the estimate grows and its cost falls with it.
-    ftz : as in `forward`; "hardware" gives the same bits as True, faster.
-    jitter : size of the mutation, as sigma, of the network in which an example's members are evaluated, >= 0.
-    dropout : share of the hidden units that are silent in that network, their sums moved to 0; in [0, 1).
-    map : calls a function with each of a list of tasks and returns the results in their order, like the builtin:
-        also the `map` of a pool of threads or processes, of mpi4py.futures, dask or Ray. A task pickles, has
-        SLICE examples and, if there are several, random numbers of its own; their results are added in order.
-        So the bits are the same whatever computes them.
-    transfer : as in `forward`; with it, all biases act and nothing is flushed. It pickles if a task must.
+    block : units k of a hidden layer mutated together, >= 1; with it the variance grows and the cost falls.
+    losses : the loss of each example: logits [..., n, classes] and labels -> [..., n], float32; it may
+        overwrite the logits.
+    control_variate : whether the chain rule's prediction is taken out of a block's difference.
+    map_tasks : calls a function with each of a list of tasks and returns the results in their order, like
+        the builtin `map`: also that of a pool of threads or processes, of mpi4py.futures or dask. A task
+        pickles if `losses` and `transfer` do; it has TASK examples, and is the same whatever computes it.
+    **net : `ftz`, `scale`, `transfer`, as in `forward`; "hardware" gives the same bits as True, faster.
 
     Returns
     -------
-    list of (dW, db), float32, shaped like params. With ftz, db is 0 after the first layer: those
-    biases flush before they are added, and one of 1/2 or more, which training never makes, is left alone.
+    list of (dW, db), float32, shaped like params. With the flush, db is 0 after the first layer: those
+    biases flush before they are added. Without it, or with a transfer, all biases act.
 
     Raises
     ------
-    TypeError : not float32. ValueError : shapes that do not fit; sigma, block, jitter, dropout or labels out of range.
+    TypeError : not float32, or not of its kind. ValueError : shapes that do not fit, values out of range,
+    and, with the flush, later biases of S TINY (1/2) or more, which do not flush: training makes none.
     """
-    _check(params, x)
-    n, classes = len(x), len(params[-1][1])
-    if not 0 < float32(sigma) < np.inf or block < 1:
-        raise ValueError(f"expected a finite sigma > 0 and block >= 1, found {sigma} and {block}")
-    if not (0 <= float32(jitter) < np.inf and 0 <= dropout < 1):
-        raise ValueError(f"expected a finite jitter >= 0 and dropout in [0, 1), found {jitter} and {dropout}")
-    if np.shape(labels) != (n,) or n == 0 or np.min(labels) < 0 or np.max(labels) >= classes:
-        raise ValueError(f"expected {n} >= 1 labels in [0, {classes}), one for each row of x")
-    params, starts = _louder(params, dropout), range(0, n, SLICE)
-    streams = rng.spawn(len(starts)) if len(starts) > 1 else [rng]
-    tasks = [(params, x[i : i + SLICE], labels[i : i + SLICE], stream) for i, stream in zip(starts, streams)]
-    options = {"sigma": sigma, "block": block, "jitter": jitter, "dropout": dropout, "transfer": transfer}
-    function = functools.partial(_slice_gradient, n=n, ftz=ftz if transfer is None else False, **options)
-    return _louder(functools.reduce(_added, map(function, tasks)), dropout)  # by the chain rule
+    _check_es(params, x, labels, sigma, block, losses, **net)
+    n, signs = len(x), mutation_signs(rng, params, len(x))
+    tasks = [tuple(rows[i : i + TASK] for rows in (x, labels, signs)) for i in range(0, n, TASK)]
+    slopes_of = functools.partial(_task_slopes, params, sigma, block, losses, control_variate, net)
+    outputs, slopes = ([np.concatenate(p, axis=1) for p in zip(*of)] for of in zip(*map_tasks(slopes_of, tasks)))
+    return [(a @ (s.T / n), s.mean(axis=1) * _acts(l, **net)) for l, (a, s) in enumerate(zip([x.T, *outputs], slopes))]
 
 
-def _added(grads, others):
-    return [(dW + dW2, db + db2) for (dW, db), (dW2, db2) in zip(grads, others)]
-
-
-def _slice_gradient(task, n, ftz, sigma, block, jitter, dropout, transfer):
-    """What some of a batch's n examples have in its gradient."""
-    params, x, labels, rng = task
-    layers, inputs, sizes, sums, outputs = _forward_columns(params, x, rng, ftz, jitter, dropout, transfer)
-    grads, predicted = [], float32(0)
-    for l, k in reversed([*enumerate(block_sizes(params, block))]):
-        step = mutation_signs(rng, *sums[l].shape)
-        step *= float32(sigma) * sizes[l]
-        h = _activate(layers[l], np.concatenate([sums[l] + step, sums[l] - step], axis=1), ftz) * _unit(ftz)
-        up, down = np.split(h, 2, axis=1)
-        own = predicted * (up - down)
-        changes = np.stack([up - outputs[l], down - outputs[l]], axis=1)
-        rest = _loss_differences(params, layers, sums, outputs, l, k, changes, labels, ftz)
-        rest -= _in_blocks(own, k).sum(axis=1)
-        slopes = own + np.repeat(rest, k, axis=0)[: len(own)] * (up != down)
-        slopes /= 2 * step
-        delta = slopes / float32(n)
-        grads.insert(0, (inputs[l] @ delta.T, float32(_bias_acts(l, ftz)) * delta.sum(axis=1)))
-        predicted = params[l][0] @ slopes if l else None
-    return grads
-
-
-def _bias_acts(l, ftz):
-    """Only the first layer's bias is added at full size; the later ones are flushed before."""
-    return l == 0 or not ftz
-
-
-_Layer = collections.namedtuple("_Layer", "W gain bias flushed_bias transfer")  # W transposed; None: there is none
-
-
-def _unit(ftz):
-    """What `_activate` leaves an output in, to be multiplied with: the CPU flushes it at its true size."""
-    return SCALE if ftz == "hardware" else float32(1)
-
-
-def _forward_columns(params, x, rng, ftz, jitter, dropout, transfer):
-    """The layers, then the inputs of each, their sizes, sums (before the flush) and outputs, in units of
-    1/S and an example a column: the layout in which BLAS is fastest on narrow products."""
-    layers, inputs, sizes, sums, outputs = [], [], [], [], []
-    a = x.T
-    for l, (W, b) in enumerate(params):
-        W, b, acts = W.T, b[:, None], _bias_acts(l, ftz)
-        hidden, size = l + 1 < len(params), np.sqrt(np.square(a).sum(axis=0) + float32(acts))
-        layer = _Layer(W, None, b if acts else None, None, transfer if hidden else None)
-        z = _sums(layer, a)
-        if jitter or dropout:
-            shift = _shifts(rng, z, size, jitter, dropout if hidden else 0)
-            layer, z = layer._replace(bias=b * float32(acts) + shift), z + shift
-        if not acts and np.any(flushed := _activate(layer, b.copy(), ftz)):  # 0 until |b| >= 1/2
-            layer = layer._replace(flushed_bias=flushed)
-        inputs.append(a)
-        sizes.append(np.maximum(size, float32(0.5)))  # 0, where no mutation has an effect, or at least 1/2
-        sums.append(z)
-        outputs.append(a := _activate(layer, z.copy(), ftz) * _unit(ftz))
-        if l > 1 and ftz == "hardware":  # members get there with outputs at their true size, S times smaller:
-            layer = layer._replace(W=W * float32(2.0**64), gain=float32(2.0**61))  # at once, W might overflow
-        layers.append(layer)
-    return layers, inputs, sizes, sums, outputs
-
-
-def _sums(layer, a):
-    """[..., fan_in, n] -> [..., width, n]"""
-    z = layer.W @ a
-    if layer.gain is not None:
-        z *= layer.gain
-    if layer.bias is not None:
-        z += layer.bias
-    return z
-
-
-def _columns(layer, columns):
-    """The layer for some of the examples."""
-    if layer.bias is None or layer.bias.shape[1] == 1:
-        return layer
-    return layer._replace(bias=layer.bias[:, columns])
-
-
-def _activate(layer, z, ftz):
-    """Output of a layer, [..., width, n], from its sums z, in place but for a transfer: z where |z| >= 1/2, else 0,
-    twice if there is a bias. "hardware": one multiplication, as in the network, which leaves it at its true size."""
-    if ftz == "hardware":
-        with hardware_ftz():
-            z *= 1 / SCALE
-            if layer.flushed_bias is not None:
-                z += layer.flushed_bias
-    elif layer.transfer is not None:
-        z = layer.transfer(z)
-    elif ftz:
-        z *= np.abs(z) >= float32(0.5)
-        if layer.flushed_bias is not None:
-            z += layer.flushed_bias
-            z *= np.abs(z) >= float32(0.5)
-    return z
-
-
-_TILE = 1 << 16  # floats in a buffer of mutated activations: 256 KB, so that several fit the L2 cache
-
-
-def _loss_differences(params, layers, sums, outputs, l, k, changes, labels, ftz):
-    """L(+e) - L(-e) of every block of k units in layer l and every example, [blocks, n], from the
-    changes of the outputs of the layer by +e and by -e, [width, 2, n]."""
-    n, depth, classes = len(labels), len(layers), len(outputs[-1])
-    # A block's change enters the next layer's sums through k rows of the next W, as [blocks, width, k];
-    # a change of the logits enters the logits.
-    W, base = (params[l + 1][0], sums[l + 1]) if l + 1 < depth else (np.eye(classes, dtype=float32), outputs[l])
-    W = _in_blocks(W, k).swapaxes(1, 2)
-    times = np.matmul if k > 1 else np.multiply  # one row: the same, and faster
-    result = np.empty((len(W), n), float32)
-    columns = max(1, _TILE // (2 * len(base)))
-    for i in range(0, n, columns):
-        tile = slice(i, i + columns)
-        y, unchanged = np.tile(labels[tile], 2), np.tile(base[:, tile], 2)
-        above = [_columns(layer, np.tile(np.arange(n)[tile], 2)) for layer in layers[l + 2 :]]
-        change = _in_blocks(changes[:, :, tile].reshape(-1, len(y)), k)  # [blocks, k, 2m]
-        few = max(1, _TILE // unchanged.size)  # blocks whose next layer fits a buffer
-        many = few * max(1, _TILE // (few * classes * len(y)))  # blocks whose logits do
-        buffer, logits = (np.empty((c, w, len(y)), float32) for c, w in ((few, len(base)), (many, classes)))
-        for start in range(0, len(W), many):
-            stop = min(start + many, len(W))
-            for j in range(start, stop, few):
-                J = slice(j, min(j + few, stop))
-                z = times(W[J], change[J], out=buffer[: J.stop - j])
-                z += unchanged
-                for below, layer in zip(layers[l + 1 :], above):
-                    z = _sums(layer, _activate(below, z, ftz))
-                logits[j - start : J.stop - start] = z
-            o = logits[: stop - start]
-            if l + 1 < depth:
-                o = _activate(layers[-1], o, ftz)
-                o *= _unit(ftz)
-            losses = _losses(o, y)
-            result[start:stop, tile] = losses[:, : len(y) // 2] - losses[:, len(y) // 2 :]
-    return result
-
-
-def _in_blocks(a, k):
-    """[width, m] -> [blocks, k, m], the last block filled up with zeros."""
-    missing = -len(a) % k
-    if missing:
-        a = np.concatenate([a, np.zeros((missing, a.shape[1]), float32)])
-    return a.reshape(-1, k, a.shape[1])
-
-
-def _losses(o, labels):
-    """Cross-entropy of every column of [blocks, classes, columns] logits, which it overwrites."""
-    o -= o.max(axis=1, keepdims=True)
-    right = o[:, labels, np.arange(len(labels))]
-    return np.log(np.exp(o, out=o).sum(axis=1)) - right
-
-
+@_ieee
 def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8):
-    """One AdamW step, in place: p against gradient g, with moments m and v; float32, any one shape.
+    """One AdamW step, in place: p against gradient g, with moments m and v.
 
-    step counts from 1. The decay is decoupled: p -= lr * weight_decay * p.
+    Parameters
+    ----------
+    p, g, m, v : float32 arrays of one shape, or lists of such, nested alike: `params` and what `es_gradient`
+        returns. m and v start as zeros.
+    step : counts from 1. lr : learning rate, >= 0.
+    weight_decay : decoupled, p -= lr * weight_decay * p.
+
+    Raises
+    ------
+    TypeError : not float32. ValueError : shapes that differ, a step below 1, another value out of range.
+    Nothing is changed then.
     """
-    m += float32(1 - beta1) * (g - m)
-    v += float32(1 - beta2) * (g * g - v)
-    denominator = np.sqrt(v / float32(1 - beta2**step)) + float32(eps)
-    p -= float32(lr) * (m / float32(1 - beta1**step) / denominator + float32(weight_decay) * p)
+    _require(isinstance(step, numbers.Integral) and step >= 1, "step", "an integer >= 1", step)
+    rates = lr, weight_decay, beta1, beta2, eps
+    good = all(0 <= rate < np.inf for rate in rates) and max(beta1, beta2) < 1 and float32(eps) > 0
+    _require(good, "lr, weight_decay, beta1, beta2, eps", "finite numbers from 0 on, beta < 1, eps > 0", rates)
+    leaves = [_leaves(tree) for tree in (p, g, m, v)]
+    shapes = [[_float32(a, name).shape for a in arrays] for name, arrays in zip("pgmv", leaves)]
+    _require(all(shape == shapes[0] for shape in shapes), "p, g, m, v", "the same shapes", shapes)
+    for p, g, m, v in zip(*leaves):
+        m += float32(1 - beta1) * (g - m)
+        v += float32(1 - beta2) * (g * g - v)
+        denominator = np.sqrt(v / float32(1 - beta2**step)) + float32(eps)
+        p -= float32(lr) * (m / float32(1 - beta1**step) / denominator + float32(weight_decay) * p)
 
 
-def _main():
-    """`python -m fpnl`: what this machine does near 2^-126, emulated and on the CPU."""
-    system = f"{platform.system()} {platform.machine()}, NumPy {np.__version__}"
-    print(f"The post's examples near TINY = 2^-126 on {system}\n")
-    print(f"{'':38} {'flags':12}{'emulated':>14}{'CPU':>14}")
-    a, b, c, d, e = (float32(k * 2.0**-126) for k in (2.5, -1.6, 1, 0.4, 0.5))
-    examples = {
-        "(2.5 TINY + -1.6 TINY) + TINY": lambda add, mul: add(add(a, b), c),
-        "(-1.6 TINY + TINY) + 2.5 TINY": lambda add, mul: add(add(b, c), a),
-        "(0.4 TINY + 0.5 TINY) * 1/TINY": lambda add, mul: mul(add(d, e), 1 / TINY),
-        "0.4 TINY * 1/TINY + 0.5 TINY * 1/TINY": lambda add, mul: add(mul(d, 1 / TINY), mul(e, 1 / TINY)),
-    }
-    for text, example in examples.items():
-        for flags, ftz, daz in (("none", 0, 0), ("DAZ", 0, 1), ("FTZ", 1, 0), ("FTZ and DAZ", 1, 1)):
-            if ftz:
-                ops = [functools.partial(op, daz=daz) for op in (add, multiply)]
-            else:
-                read = flush if daz else np.positive
-                ops = [lambda a, b, op=op, read=read: op(read(a), read(b)) for op in (np.add, np.multiply)]
-            emulated = _in_units(text, example(*ops))
-            try:
-                with _fpu_mode(ftz, daz):
-                    value = example(np.add, np.multiply)
-                cpu = _in_units(text, value)
-            except RuntimeError:
-                cpu = "unknown"
-            print(f"{text:38} {flags:12}{emulated:>14}{cpu:>14}")
-        print()
-
-
-def _in_units(text, value):
-    return f"{float(value):.4g}" if "*" in text else f"{float(value) * 2.0**126:.4g} TINY"
-
-
-if __name__ == "__main__":
-    _main()
+def _leaves(tree):
+    return [leaf for branch in tree for leaf in _leaves(branch)] if isinstance(tree, (list, tuple)) else [tree]

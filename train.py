@@ -44,10 +44,11 @@ import numpy as np
 import data
 import fpnl
 
-MAX_SLICES = 32  # of fpnl.SLICE examples or more, a step; 2.7 MB of gradient each
+SLICE = 128  # examples of a batch whose gradient is computed together
+MAX_SLICES = 32  # of SLICE examples or more, a step; 2.7 MB of gradient each
 CHUNK = 1 << 15  # floats updated at a time, so that the optimizer runs in the cache
 EVALUATED = 1000  # images in an evaluation task
-PRESETS = {"best": {"epochs": 150, "jitter": 0.01, "dropout": 0.2}}
+PRESETS = {"best": {"epochs": 150, "control_variate": True}}
 RUNS = pathlib.Path(__file__).resolve().parent / "docs" / "runs"  # where --compare writes
 
 
@@ -103,7 +104,8 @@ def gradient(step, batch, part, parts):
         x, y = data.pixels(job.sets[0][rows]), job.sets[1][rows]
         if args.method == "es":
             rng = np.random.default_rng((args.seed, 2, step, s))
-            grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, ftz(), args.jitter, args.dropout)
+            options = {"control_variate": args.control_variate, "ftz": ftz()}
+            grads = fpnl.es_gradient(params, x, y, rng, args.sigma, args.block, **options)
         else:
             grads = backprop(params, x, y)
         for to, values in zip(as_params(job.gradients[s], job.sizes), grads):
@@ -250,7 +252,7 @@ def prepare(args):
     """What `join` takes, and what the other set is."""
     sets, held_out = load(args)
     sizes = (sets[0].shape[1], *args.hidden, data.CLASSES)
-    slices = min(MAX_SLICES, math.ceil(args.batch / fpnl.SLICE))
+    slices = min(MAX_SLICES, math.ceil(args.batch / SLICE))
     return (args, sets, sizes, share(sizes, slices)), held_out
 
 
@@ -297,7 +299,7 @@ def open_log(args, held_out):
     if log.tell():
         return log  # goes on, too
     options = [
-        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'hidden' else value}"
+        as_option(name, value)
         for name, value in vars(args).items()
         if value is not None and name not in ("quiet", "fingerprint", "resumed")
     ]
@@ -305,6 +307,14 @@ def open_log(args, held_out):
     live = ",".join(f"live{i + 1}" for i in range(len(args.hidden) + 1))
     print(f"epoch,seconds,loss,train,{held_out},{live}", file=log, flush=True)
     return log
+
+
+def as_option(name, value):
+    """An option as it is given: as_option("control_variate", True) -> "--control-variate"."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def provenance():
@@ -435,7 +445,7 @@ def each(run, function, tasks):
 
 ENGINES, REMOTE = ("processes", "threads", "mpi", "dask"), ("mpi", "dask")
 METHODS, FLUSHES = ("es", "backprop", "deadzone", "relu"), ("emulated", "hardware", "off")
-SETTINGS = "validation hidden method epochs batch sigma block jitter dropout lr weight_decay seed flush".split()
+SETTINGS = "validation hidden method epochs batch sigma block control_variate lr weight_decay seed flush".split()
 
 
 def settings(args):
@@ -582,7 +592,7 @@ def new_file(text):
 def parse_args(argv=None):
     count, size, path = number(int, 1), number(float, 0), {"type": pathlib.Path, "metavar": "FILE.npz"}
     flush = "hardware" if has_hardware_ftz() else "emulated"
-    best = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in PRESETS["best"].items())
+    best = ", ".join(as_option(name, value) for name, value in PRESETS["best"].items())
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=Formatter)
     # fmt: off
     group = parser.add_argument_group("data").add_argument
@@ -596,8 +606,7 @@ def parse_args(argv=None):
     group("--batch", type=count, default=512, help="images a step")
     group("--sigma", type=number(float, 0, excluded=True), default=0.02, help="size of a mutation of a unit's weights")
     group("--block", type=count, default=8, help="units mutated together: more, and a step is quicker and noisier")
-    group("--jitter", type=size, default=0, help="size of a mutation of the network that an image's members share")
-    group("--dropout", type=size, default=0, help="share of the hidden units that are silent in it")
+    group("--control-variate", action=argparse.BooleanOptionalAction, default=False, help="less noise in a block")
     group("--lr", type=size, default=1e-3, help="AdamW's learning rate, falling to zero as a cosine")
     group("--weight-decay", type=size, default=1.0, help="AdamW's decoupled decay")
     group("--seed", type=number(int, 0), default=0, help="of the weights, the order of the images and the mutations")

@@ -4,8 +4,8 @@ What is compared takes turns, and the figure is the median of the ratios of neig
 times drift, ratios hold. Everything but the workers and the memory is measured on one core.
 
 arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
-step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices,
-      the share of each of its parts, and against the emulated flush, backprop and the plain statement.
+step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices, the share of
+      each of its parts, and against the emulated flush, the control variate, backprop and the plain statement.
 noise: of the estimate, by the size of the blocks and the progress of the training.
 scaling: with the batch, the width and the workers.
 memory: of all processes of `python train.py`, by their proportional shares (Linux).
@@ -55,31 +55,34 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def arithmetic(n=10**6):
+def arithmetic(n=512_000):
     rng = np.random.default_rng(0)
     normal, other = (rng.uniform(0.5, 2, n).astype(np.float32) for _ in range(2))
     subnormal = rng.integers(1, 1 << 23, n, dtype=np.uint32).view(np.float32)
-    unit = rng.uniform(-1, 1, n).astype(np.float32)  # over 2^125, half of the results are subnormal
-    inputs = {
-        "normal numbers": (normal, other),
-        "subnormal, normal": (subnormal, other),
-        "half the results subnormal": (unit, fpnl.SCALE),
-    }
-    print(f"{'ms on 10^6 float32':36} {'fpnl':>8} {'NumPy':>8} {'ratio':>8}")
-    for case, (a, b) in inputs.items():
-        for name in ("divide",) if "half" in case else ("add", "subtract", "multiply", "divide"):
-            out = np.empty_like(a)
-            ours, plain = in_turn(*(functools.partial(getattr(m, name), a, b, out=out) for m in (fpnl, np)))
-            times = [1e3 * statistics.median(times) for times in (ours, plain)]
-            print(f"{name:10} {case:25} {times[0]:8.2f} {times[1]:8.2f} {ratio(ours, plain):8.2f}")
+    unit, half = rng.uniform(-1, 1, n).astype(np.float32), rng.uniform(1.5, 2.5, n).astype(np.float32)
+    low, tiny = np.float32(2.0**-63), fpnl.TINY
+    operations = ("add", "subtract", "multiply", "divide")
+    sums = (2 * unit * tiny, unit[::-1] * tiny)
+    cases = [(op, "normal numbers", (normal, other)) for op in operations]
+    cases += [(op, "subnormal, normal", (subnormal, other)) for op in operations]
+    cases += [(op, "half the results tiny", sums) for op in operations[:2]]
+    cases += [("multiply", "half the results tiny", (unit * low, half * low))]
+    cases += [("divide", "half the results tiny", (unit * low / 2, 1 / (4 * low * half)))]
+    cases += [("divide", "by S, half tiny", (unit, fpnl.SCALE))]
+    print(f"{f'ms on {n} float32':36} {'fpnl':>8} {'NumPy':>8} {'ratio':>8}")
+    for op, case, (a, b) in cases:
+        ours, plain = in_turn(*(functools.partial(getattr(m, op), a, b) for m in (fpnl, np)))
+        times = [1e3 * statistics.median(times) for times in (ours, plain)]
+        print(f"{op:10} {case:25} {times[0]:8.2f} {times[1]:8.2f} {ratio(ours, plain):8.2f}")
 
 
-def multiplications(sizes, block):
+def multiplications(sizes, block, control_variate=False):
     """Floating-point operations an example in the matrix products of a step, two for each weight met."""
     weights, widths = [i * o for i, o in itertools.pairwise(sizes)], sizes[1:]
-    met = 2 * sum(weights) + sum(weights[1:])  # forward and gradient; predictions
-    for l, k in enumerate(block_sizes(sizes, block)[:-1]):  # those of the last layer multiply nothing
-        met += 2 * (weights[l + 1] + math.ceil(widths[l] / k) * sum(weights[l + 2 :]))  # members and mirror images
+    met = 2 * sum(weights) + control_variate * sum(weights[1:])  # forward and gradient; predictions
+    above = [*weights[1:], widths[-1] ** 2]  # members of the last layer are multiplied with the identity
+    for l, k in enumerate(block_sizes(sizes, block)):
+        met += 2 * (above[l] + math.ceil(widths[l] / k) * sum(weights[l + 2 :]))  # members and mirror images
     return 2 * met
 
 
@@ -89,7 +92,8 @@ def members(sizes, block):
 
 
 def block_sizes(sizes, block):
-    return fpnl.block_sizes([(None, range(width)) for width in sizes[1:]], block)
+    """Units mutated together, in each layer."""
+    return [min(block, width) for width in sizes[1:-1]] + [1]
 
 
 def job(options="", steps=20):
@@ -110,7 +114,8 @@ def one_step(number=20, run=map):
 def step(options=""):
     args, _, sizes, _ = job(options)
     A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
-    work, product = multiplications(sizes, args.block) * args.batch, 2 * 512**3
+    work = multiplications(sizes, args.block, args.control_variate) * args.batch
+    product = 2 * 512**3
     count = max(1, round(work / 20 / product))  # products that take some milliseconds
 
     def products():
@@ -131,11 +136,9 @@ def step(options=""):
 
     params = [(W.copy(), b.copy()) for W, b in train.as_params(train.job.weights, sizes)]
     x, y = data.pixels(train.job.sets[0][:128]), train.job.sets[1][:128]
-    by_ftz = [
-        functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), args.sigma, args.block, ftz)
-        for ftz in (True, "hardware", False)
-    ]
-    emulated, hardware, off = in_turn(*by_ftz)
+    gradient = functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), args.sigma, args.block)
+    by_ftz = [functools.partial(gradient, ftz=ftz) for ftz in (True, "hardware", False)]
+    emulated, hardware, off, varied = in_turn(*by_ftz, functools.partial(by_ftz[1], control_variate=True))
     plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), args.sigma)
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
 
@@ -148,6 +151,7 @@ def step(options=""):
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
+    print(f"  gradient, with the control variate / without {ratio(varied, hardware):8.2f}")
     print(f"  es_gradient_plain / es_gradient, an example  {ratio(plains, fasts) * len(x):8.0f}")
     print(f"  ES step / backprop step                      {ratio(es, reverse):8.2f}")
 
@@ -159,12 +163,10 @@ def shares(function):
         (train, "update", "sum of the gradients"),
         (data, "pixels", "pixels to float32"),
         (fpnl, "adamw", "AdamW"),
-        (fpnl, "es_gradient", "predictions, gradient products"),
+        (fpnl, "es_gradient", "gradient products"),
         (fpnl, "mutation_signs", "random signs"),
-        (fpnl, "_forward_columns", "forward"),
-        (fpnl, "_loss_differences", "members of layer {}: products and additions"),
-        (fpnl, "_activate", "the flush"),
-        (fpnl, "_losses", "cross-entropy of the members"),
+        (fpnl, "_task_slopes", "forward, mutations, slopes"),
+        (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
     ]
     spent, inside = collections.Counter(), [0.0]
 
@@ -174,7 +176,7 @@ def shares(function):
             start = time.perf_counter()
             result = original(*args, **options)
             whole = time.perf_counter() - start
-            spent[part.format(args[4] + 1) if "{}" in part else part] += whole - inside.pop()
+            spent[part.format(args[1] + 1) if "{}" in part else part] += whole - inside.pop()
             inside[-1] += whole
             return result
 
@@ -204,7 +206,8 @@ def noise(options="", steps=(0, 30, 120, 480), batches=12):
                 rows = slice(i * args.batch, (i + 1) * args.batch)
                 x, y = data.pixels(images[rows]), labels[rows]
                 rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
-                draws = [fpnl.es_gradient(params, x, y, rng, args.sigma, block, train.ftz()) for rng in rngs]
+                options = {"control_variate": args.control_variate, "ftz": train.ftz()}
+                draws = [fpnl.es_gradient(params, x, y, rng, args.sigma, block, **options) for rng in rngs]
                 drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
             for_layers = []
             for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(sizes) - 2)):
@@ -262,7 +265,7 @@ def engines(options="", batches=(128, 256, 512, 1024)):
     """Each case in processes of its own, started as the README says; `predict` explains the model."""
     args, _, sizes, _ = job(options)
     split = shares(one_step)
-    again = split["forward"] + split["predictions, gradient products"]  # what does not need the members' losses
+    again = split["forward, mutations, slopes"] + split["gradient products"]  # what does not need the members' losses
     folder = str(train.RUNS.parents[1])
     mpiexec = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     # The workers import train. MPICH takes the network's way on one machine too, as between machines.
@@ -277,7 +280,7 @@ def engines(options="", batches=(128, 256, 512, 1024)):
                 start = [mpiexec, "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", __file__]
             case = f"--engine {engine} --workers {workers} --batch {batch} {options}"
             done = subprocess.run([*start, "engine_step", case], env=environment, check=True, stdout=-1, text=True)
-            slices = math.ceil(batch / fpnl.SLICE)
+            slices = math.ceil(batch / train.SLICE)
             terms.append((math.ceil(slices / workers), workers, slices, 1))
             measured.append(float(done.stdout))
         costs[engine] = fit(terms, measured)
@@ -329,7 +332,9 @@ def predict(costs, again, weights, networks, latency=50e-6):
             "as it is": n * (d + w) + s * (r + w),
             "sums": n * (d + w) + n * (r + w),
             "all-reduce": d + r + 2 * min((n - 1) * (latency + w / n), math.log2(n) * (latency + w)),
-            "shared seeds": n * latency + 4 * s * fpnl.SLICE * networks / 2 / link + (s - math.ceil(s / n)) * c * again,
+            "shared seeds": n * latency
+            + 4 * s * train.SLICE * networks / 2 / link
+            + (s - math.ceil(s / n)) * c * again,
         }
 
     print("\nthe batch from which they pay, with the costs of mpi (in brackets: none, and the largest gain)")
@@ -341,7 +346,7 @@ def predict(costs, again, weights, networks, latency=50e-6):
                 gains[scheme][s] = (s * c + u) / (math.ceil(s / n) * c + exchange + u)
         pays = [[s for s, gain in gain_of.items() if gain >= n / 2] for gain_of in gains.values()]
         cells = [
-            f"{fpnl.SLICE * s[0]:,}" if s else f"({max(gain_of.values()):.1f} times)"
+            f"{train.SLICE * s[0]:,}" if s else f"({max(gain_of.values()):.1f} times)"
             for s, gain_of in zip(pays, gains.values())
         ]
         print(f"{gigabits:4} Gb/s {n:8}" + "".join(f"{cell:>18}" for cell in cells))

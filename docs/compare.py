@@ -18,6 +18,7 @@ SEEDS = 3
 EXPONENTS = range(128)  # of the scales that the trained weights are evaluated with
 RUNS = {  # name of the log: row of the table, its options
     "es": ("ES, flush-to-zero", ""),
+    "es-cv": ("ES with the control variate", "--control-variate"),
     "es-off": ("ES, gradual underflow", "--flush off"),
     "linear": (
         "backprop, linear network",

@@ -86,21 +86,23 @@ def backprop(unit, params, beta, x, labels):
             slopes.append((slope(inputs[-1]), 0))
     W, b = params[-1]
     logits = inputs[-1] @ W + b
-    delta = np.exp(logits - logits.max(axis=1, keepdims=True))
-    delta /= delta.sum(axis=1, keepdims=True)
-    delta[np.arange(len(x)), labels] -= 1
+    z, rows = logits - logits.max(axis=1, keepdims=True), np.arange(len(x))
+    delta = np.exp(z)
+    total = delta.sum(axis=1, keepdims=True)
+    delta /= total
+    delta[rows, labels] -= 1
     deltas, dbeta = [delta / x.dtype.type(len(x))], 0.0
     for (W, _), (by_z, by_beta) in reversed([*zip(params[1:], slopes)]):
         dh = deltas[0] @ W.T
         dbeta += np.sum(dh * by_beta)
         deltas.insert(0, dh * by_z)
     grads = [(a.T @ delta, delta.sum(axis=0)) for a, delta in zip(inputs, deltas)]
-    return fpnl.loss(logits, labels), grads, dbeta, deltas
+    return np.mean(np.log(total[:, 0]) - z[rows, labels]), grads, dbeta, deltas
 
 
 def es(unit, params, beta, x, labels, rng, nudge=0.05):
-    """The same, estimated from losses alone: gradient [(dW, db), ...] and, by an antithetic difference, dbeta."""
-    grads = fpnl.es_gradient(params, x, labels, rng, transfer=transfer(unit, beta))
+    """The same by ES, with the control variate: gradient [(dW, db), ...] and, by an antithetic difference, dbeta."""
+    grads = fpnl.es_gradient(params, x, labels, rng, control_variate=True, transfer=transfer(unit, beta))
     if unit != "ESP":
         return grads, 0.0
     up, down = (fpnl.loss(fpnl.forward(params, x, transfer=transfer(unit, beta + s * nudge)), labels) for s in (1, -1))
@@ -108,11 +110,10 @@ def es(unit, params, beta, x, labels, rng, nudge=0.05):
 
 
 def train(unit, method, sizes, x, labels, rng, epochs, batch, lr, weight_decay):
-    """AdamW, in the dtype of x, from fpnl.init and beta = 1, its rate falling to 0 as a cosine. Yields params and beta
-    before every step and after the last."""
-    theta = np.append(flattened(fpnl.init(rng, sizes)), 1).astype(x.dtype)  # all weights and biases, and beta
-    params, moments = as_params(theta[:-1], sizes), np.zeros((2, len(theta)), x.dtype)
-    decay = np.append(np.full(len(theta) - 1, weight_decay), 0)
+    """AdamW, in float32, from fpnl.init and beta = 1, which does not decay, its rate falling to 0 as a cosine. Yields
+    params and beta before every step and after the last."""
+    theta = np.append(flattened(fpnl.init(rng, sizes)), np.float32(1))  # all weights and biases, and beta
+    params, moments = as_params(theta[:-1], sizes), np.zeros((2, len(theta)), np.float32)
     steps = max(1, round(epochs * (len(x) // batch)))
     for step in range(steps):
         yield params, theta[-1]
@@ -123,7 +124,9 @@ def train(unit, method, sizes, x, labels, rng, epochs, batch, lr, weight_decay):
         args = unit, params, theta[-1], x[rows], labels[rows]
         grads, dbeta = es(*args, rng) if method == "ES" else backprop(*args)[1:3]
         lr_now = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        fpnl.adamw(theta, np.append(flattened(grads), x.dtype.type(dbeta)), *moments, step + 1, lr_now, decay)
+        g = np.append(flattened(grads), dbeta).astype(np.float32)
+        for part, decay in ((slice(None, -1), weight_decay), (slice(-1, None), 0.0)):
+            fpnl.adamw(theta[part], g[part], *moments[:, part], step + 1, lr_now, decay)
     yield params, theta[-1]
 
 
@@ -184,6 +187,7 @@ def curvature(unit, seed, args):
     training = train(unit, "backprop", SMALL_SIZES, x, y, rng, SMALL_STEPS, len(x), 0.02, 0)
     for step, (params, beta) in enumerate(training):
         if step in looks:
+            params = [tuple(a.astype(np.float64) for a in layer) for layer in params]
             eigenvalues = np.linalg.eigvalsh(hessian(unit, params, beta, x, y))
             loss, grads, *_ = backprop(unit, params, beta, x, y)
             rows += [("loss", step, loss), ("slope", step, np.abs(flattened(grads)).max())]
