@@ -155,7 +155,7 @@ def _switch(ftz, daz):
         results = TINY * float32(0.5), subnormal * float32(2)
         undo()
     effect = tuple(bool(result.view(np.uint32) == 0) for result in results)
-    found = f"{effect} although it is set: use the emulation"
+    found = f"{effect} after setting them: use the emulation"
     _require(effect == (ftz, daz), "hardware_ftz: unknown platform: FTZ, DAZ", (ftz, daz), found, RuntimeError)
     return switch
 

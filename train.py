@@ -2,7 +2,7 @@
 """Train a network of matrix products and additions on MNIST by evolution strategies.
 
     python train.py                      # the main job: all cores, ends on its own
-    python train.py --preset best        # the same for longer
+    python train.py --preset best        # for longer, with the control variate
     python train.py --until-test 0.967   # stops when it is as good as the post's network
     python train.py --save weights.npz   # keeps W1, b1, W2, b2, W3, b3, at every report
     python train.py --resume weights.npz --save weights.npz     # goes on where that stopped

@@ -1,0 +1,65 @@
+"""The tests of benchmark.py; no test asserts a time."""
+
+import math
+import re
+
+import benchmark
+import numpy as np
+import pytest
+
+import fpnl
+from test_fpnl import RNG, example, needs_dask, needs_mpi
+
+
+def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    benchmark.arithmetic(n=1000)
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == 9 and all(float(row.split()[-1]) > 0 for row in rows)
+    small = f"--data {slice_of_mnist} --hidden 24 16 --batch 128"
+    benchmark.step(small)
+    benchmark.noise(small, steps=(0, 1), batches=2)
+    benchmark.scaling(small, batches=(32, 64), widths=(16, 32))
+    benchmark.memory(f"{small} --epochs 0.1")
+    out = capsys.readouterr().out
+    parts = [float(row.split()[-1]) for row in out.splitlines() if re.fullmatch(r"  \w.* \d+\.\d", row)]
+    assert len(parts) == 12 and sum(parts) == pytest.approx(100, abs=1)
+    assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
+
+
+@needs_mpi
+@needs_dask
+def test_the_benchmark_runs_the_engines(monkeypatch, capfd, slice_of_mnist):
+    monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    benchmark.engines(f"--data {slice_of_mnist} --hidden 24 16", batches=(64, 256))
+    out, errors = capfd.readouterr()
+    rows = re.findall(r"(?m)^(?:processes|mpi|dask) .*;", out)
+    times = [float(value) for row in rows for value in row.strip(";").split()[2:]]
+    assert len(times) == 12 and min(times) > 0 and errors == ""
+
+
+def test_the_benchmark_counts_every_multiplication():
+    """Against the shapes that NumPy is given, in a network of four layers."""
+
+    class Counted(np.ndarray):
+        met = 0
+
+        def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+            plain = [np.asarray(a) for a in inputs]
+            if ufunc is np.matmul:
+                Counted.met += math.prod(np.broadcast_shapes(plain[0].shape[:-2], plain[1].shape[:-2])) * (
+                    plain[0].shape[-2] * plain[0].shape[-1] * plain[1].shape[-1]
+                )
+            if out is not None:
+                getattr(ufunc, method)(*plain, out=tuple(np.asarray(a) for a in out), **options)
+                return out[0]
+            result = getattr(ufunc, method)(*plain, **options)
+            return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+    sizes, n = (12, 16, 8, 12, 5), 6
+    params, x, labels = example(sizes, n=n)
+    counted = [(W.view(Counted), b.view(Counted)) for W, b in params]
+    for control_variate in (False, True):
+        Counted.met = 0
+        fpnl.es_gradient(counted, x.view(Counted), labels, RNG(0), block=4, control_variate=control_variate)
+        assert 2 * Counted.met == n * benchmark.multiplications(sizes, 4, control_variate)
