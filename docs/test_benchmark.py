@@ -15,7 +15,7 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
     benchmark.arithmetic(n=1000)
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert len(rows) == 9 and all(float(row.split()[-1]) > 0 for row in rows)
+    assert len(rows) == 13 and all(float(row.split()[-1]) > 0 for row in rows)
     small = f"--data {slice_of_mnist} --hidden 24 16 --batch 128"
     benchmark.step(small)
     benchmark.noise(small, steps=(0, 1), batches=2)
@@ -23,10 +23,11 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     benchmark.memory(f"{small} --epochs 0.1")
     out = capsys.readouterr().out
     parts = [float(row.split()[-1]) for row in out.splitlines() if re.fullmatch(r"  \w.* \d+\.\d", row)]
-    assert len(parts) == 12 and sum(parts) == pytest.approx(100, abs=1)
+    assert len(parts) == 10 and sum(parts) == pytest.approx(100, abs=1)
     assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
 
 
+@pytest.mark.slow
 @needs_mpi
 @needs_dask
 def test_the_benchmark_runs_the_engines(monkeypatch, capfd, slice_of_mnist):
@@ -42,10 +43,11 @@ def test_the_benchmark_counts_every_multiplication():
     """Against the shapes that NumPy is given, in a network of four layers."""
 
     class Counted(np.ndarray):
-        met = 0
+        met, __array_priority__ = 0, 1  # which np.concatenate keeps
 
         def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
             plain = [np.asarray(a) for a in inputs]
+            options = {name: np.asarray(v) if isinstance(v, Counted) else v for name, v in options.items()}
             if ufunc is np.matmul:
                 Counted.met += math.prod(np.broadcast_shapes(plain[0].shape[:-2], plain[1].shape[:-2])) * (
                     plain[0].shape[-2] * plain[0].shape[-1] * plain[1].shape[-1]

@@ -3,11 +3,13 @@
 import re
 
 import compare
+import pytest
 
 import train
 from test_fpnl import needs_hardware, write_slice
 
 
+@pytest.mark.slow
 @needs_hardware
 def test_compare_prints_every_row_and_keeps_its_runs(mnist, tmp_path, monkeypatch, capsys):
     shortened = {name: (row, f"{options} --epochs 1 --reports 1") for name, (row, options) in compare.RUNS.items()}

@@ -165,6 +165,7 @@ def test_es_slope_is_what_evolution_strategies_measure():
         assert least < error < most, error
 
 
+@pytest.mark.slow
 def test_ensemble_has_the_closed_forms_mean_and_covariance():
     """As nearly as draws of it do."""
     found = {}
@@ -175,6 +176,7 @@ def test_ensemble_has_the_closed_forms_mean_and_covariance():
         assert found[measure, 512] == pytest.approx([np.mean(found[measure, np.inf])], rel=0.4)
 
 
+@pytest.mark.slow
 def test_tells_tanh_from_underflow(tmp_path):
     command = [sys.executable, "examples/linearized.py", "--seeds", "2", "--log", str(tmp_path / "log.csv")]
     small = ["--widths", "64", "256", "--members", "4"]
