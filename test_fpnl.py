@@ -255,7 +255,7 @@ def test_the_naive_mask_fails():
 @pytest.mark.parametrize("tininess", ["after", "before"])
 @pytest.mark.parametrize("daz", [True, False])
 @all_ops
-@pytest.mark.parametrize("vectors", [directed, some])
+@pytest.mark.parametrize("vectors", [pytest.param(directed, marks=pytest.mark.slow), some])
 def test_bits_of_softfloat(vectors, op, daz, tininess):
     """An independent implementation, and the proof for AArch64's rule."""
     found = getattr(fpnl, op)(*vectors(), daz=daz, tininess=tininess)
@@ -842,7 +842,7 @@ def assert_close_params(found, expected):
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("block", [1, 3, 64, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 4))])
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_fast_members_are_literally_mutated_networks(sizes, block, control_variate, network, monkeypatch):
     """`es_gradient` against `es_gradient_plain`: a batch of 1, and of 7 in tasks of 3 and in one."""
@@ -947,7 +947,7 @@ def test_the_generators_state_decides_the_signs(n, kind):
 
 
 @pytest.mark.parametrize("ftz", [True, pytest.param("hardware", marks=needs_hardware)])
-@pytest.mark.parametrize("exponent", [125, 127, 64])
+@pytest.mark.parametrize("exponent", [125, 127, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_dead_zone_is_the_scaling_of_the_network(ftz, exponent):
     """In units of 1/S, for all significands in the binades around the threshold and both signs."""
     scale = np.float32(2.0**exponent)
@@ -1503,8 +1503,8 @@ def one_step(slice_of_mnist, tmp_path_factory):
     "options",
     [
         ["--workers", 2],
-        ["--workers", 3],
-        ["--engine", "threads", "--workers", 3],
+        pytest.param(["--workers", 3], marks=pytest.mark.slow),
+        pytest.param(["--engine", "threads", "--workers", 3], marks=pytest.mark.slow),
         pytest.param(["--flush", "hardware"], marks=needs_hardware),
     ],
 )
@@ -1519,12 +1519,12 @@ def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run,
 @pytest.mark.parametrize(
     "options",
     [
-        ["--seed", 4],
-        ["--sigma", 0.03],
-        ["--block", 9],
         ["--control-variate"],
-        ["--lr", 2e-3],
-        ["--flush", "off"],
+        ["--sigma", 0.03],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (["--seed", 4], ["--block", 9], ["--lr", 2e-3], ["--flush", "off"])
+        ),
     ],
 )
 def test_options_reach_the_run(slice_of_mnist, one_step, tmp_path, options):
@@ -1799,6 +1799,7 @@ needs_dask = pytest.mark.skipif(
 ENGINES = [pytest.param(MPI, marks=needs_mpi), pytest.param(DASK, marks=needs_dask)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run, tmp_path, engine):
     options = [part for i, part in enumerate(SHORT) if "--workers" not in SHORT[max(0, i - 1) : i + 1]]
@@ -1909,7 +1910,7 @@ def test_the_threads_of_a_dask_worker_take_turns(slice_of_mnist):
             "--engine dask --scheduler tcp://127.0.0.1:9",
             "--scheduler: expected a scheduler with workers at tcp://127.0.0.1:9: start "
             "dask scheduler, and dask worker ADDRESS where train.py can be imported",
-            marks=needs_dask,
+            marks=[needs_dask, pytest.mark.slow],
         ),
     ],
 )

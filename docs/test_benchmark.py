@@ -11,6 +11,7 @@ import fpnl
 from test_fpnl import RNG, example, needs_dask, needs_mpi
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
     benchmark.arithmetic(n=1000)

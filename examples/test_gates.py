@@ -112,6 +112,7 @@ def test_pools_by_area():
     np.testing.assert_allclose(gates.pooled(x), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
     for name, value in {"SMALL_IMAGES": 50, "SMALL_STEPS": 10, "LOOKS": 2}.items():
         monkeypatch.setattr(gates, name, value)
