@@ -20,11 +20,12 @@ hardware of the post.
 
 Shapes: x [batch, inputs] float32, labels [batch] integers, W [fan_in, width], b [width], float32.
 
-Every function here gives bits that depend on its arguments alone, also in a thread that flushes
-already (another library may have switched the CPU to that) and whatever `np.seterr` says; both are
-left as they were. Two things cannot be helped: the threads of a BLAS that were started while the
-CPU flushed go on flushing in matrix products, and on a platform that `hardware_ftz` does not know a
-flush that is on stays on. Another CPU or BLAS sums a matrix product in another order.
+On one machine with one BLAS, every function here gives bits that depend on its arguments alone, also
+in a thread that flushes already (another library may have switched the CPU to that) and whatever
+`np.seterr` says; both are left as they were. Two things cannot be helped: the threads of a BLAS that
+were started while the CPU flushed go on flushing in matrix products, and on a platform that
+`hardware_ftz` does not know a flush that is on stays on. Another CPU or BLAS sums a matrix product in
+another order.
 
 Left out: data, schedules, processes and files (train.py), and derivatives.
 
@@ -94,10 +95,11 @@ class hardware_ftz:
 
     Flushes results (FTZ) and, with `daz`, operands ("denormals are zero"). With `ftz=False` results
     stay: `hardware_ftz(daz=False, ftz=False)` is IEEE arithmetic, whatever the thread's mode was. On
-    leaving, also by an exception, the floating-point environment is what it was; contexts nest.
+    leaving, also by an exception, the floating-point environment is what it was; contexts nest. An
+    instance is for one thread; a decorator, for any.
 
-    The flags belong to the thread, not to the block of text. Threads begun inside inherit them and
-    keep them for life; those that run already, as the workers of a BLAS and of a pool do, keep their
+    The flags belong to the thread, not to the block of text. On Linux, threads begun inside inherit
+    them and keep them for life; those that run already, as the workers of a BLAS and of a pool do, keep their
     own. After a `yield` or `await` inside, whoever runs next in the thread runs with them. So keep
     matrix products outside (a fused multiply-add flushes its accumulator, too), make the inputs and
     look at the results outside: inside, comparisons, `min` and `sort` read subnormals as zeros.
@@ -170,9 +172,9 @@ def _fpu_control():
     try:
         library, words, *where = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
         libm = ctypes.PyDLL(library)  # PyDLL keeps the GIL: faster
-    except (KeyError, OSError) as error:
+        return ctypes.c_uint32 * words, libm.fegetenv, libm.fesetenv, *where
+    except (KeyError, OSError, AttributeError) as error:
         raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation") from error
-    return ctypes.c_uint32 * words, libm.fegetenv, libm.fesetenv, *where
 
 
 def _ieee(function):
@@ -182,7 +184,7 @@ def _ieee(function):
     def computed(*args, **options):
         with np.errstate(all="ignore"), contextlib.ExitStack() as stack:
             with contextlib.suppress(RuntimeError):  # an unknown platform: its mode stays as it is
-                stack.callback(_switch(ftz=False, daz=False)())
+                stack.callback(_switch(False, False)())
             return function(*args, **options)
 
     return computed
@@ -224,7 +226,7 @@ def add(a, b, daz=True, tininess="after"):
     a, b : float32 arrays or scalars, broadcast as NumPy does.
     daz : also read subnormal operands as the zero of their sign ("denormals are zero").
     tininess : "after" rounding (an exact result x is flushed iff |x| < TINY - 2^-151) or "before"
-        (iff |x| < TINY). They differ on products alone.
+        (iff |x| < TINY). They differ on `multiply` alone.
 
     Returns
     -------
@@ -256,8 +258,8 @@ def divide(a, b, daz=True, tininess="after"):
 
 
 # An exact result x is flushed iff |x| < LEAST. float64 decides that: sums near TINY and products are exact in it, and a
-# quotient of 24-bit significands is LEAST["before"] itself or at least 2^-49 |x| away from either. Where x is not
-# flushed, the IEEE result is right: from TINY - 2^-151 on, it has rounded up to TINY.
+# quotient of 24-bit significands is TINY itself or at least 2^-49 |x| away from either threshold, where float64 errs by
+# 2^-53 |x|. Where x is not flushed, the IEEE result is right: from TINY - 2^-151 on, it has rounded up to TINY.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -299,7 +301,7 @@ def _check(params, x, ftz=True, scale=SCALE, transfer=None):
     _require(len(params) > 0, "params", "[(W, b), ...], a pair a layer", params)
     for i, (W, b) in enumerate(params, 1):
         fits = _float32(W, f"W{i}").ndim == 2 and len(W) == width and _float32(b, f"b{i}").shape == W.shape[1:]
-        _require(fits, f"layer {i}", f"W [{width}, width], b [width]", f"W {W.shape}, b {b.shape}, which do not fit")
+        _require(fits, f"layer {i}", f"W [{width}, width], b [width]", f"{W.shape}, {np.shape(b)}, which do not fit")
         width = W.shape[1]
     _require(ftz in (True, False, "hardware"), "ftz", 'True, False or "hardware"', repr(ftz))
     _check_scale(scale)
@@ -317,9 +319,9 @@ def _check_scale(scale):
 def product(h, W, scale=SCALE):
     """h @ W for h around 2^-126, keeping subnormals: [batch, fan_in] -> [batch, width].
 
-    Written as (h S) @ W / S, divided in IEEE arithmetic: S is a power of two, so only the rounding of
-    subnormal partial sums (to multiples of 2^-149) is spared, and the time that some CPUs need for
-    subnormals: the literal product took 200 times as long on one CPU, as long on an AMD EPYC (Zen 3).
+    Written as (h S) @ W / S, divided in IEEE arithmetic. S is a power of two, so it differs from the
+    literal product only in the rounding of subnormal partial sums (to multiples of 2^-149). It avoids
+    subnormals, which are slow on some CPUs: 200 times on one, not at all on an AMD EPYC (Zen 3).
     """
     _check_scale(scale)
     return (_float32(h) * scale) @ _float32(W) / scale
@@ -372,7 +374,7 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     Raises
     ------
     TypeError : anything but float32. ValueError : shapes that do not fit, another `ftz` or `scale`, a
-    transfer whose result has another shape.
+    transfer whose result has another shape. RuntimeError : "hardware" where `hardware_ftz` raises it.
     """
     logits = activations(params, x, ftz, scale, transfer)[-1]
     return _arithmetic(ftz)[1](logits, scale) if transfer is None else logits
@@ -428,10 +430,10 @@ def accuracy(logits, labels):
 # ES estimates a gradient from the losses of mutated networks: g = E[(L(w + sigma e) - L(w - sigma e)) e]
 # / (2 sigma), e ~ N(0, 1) for every weight. For all 669,706 weights and a whole batch at once, the noise
 # of that buries the signal. This is a relative with less noise, by four steps. A *member* is a mutated
-# network; L, the loss of one example; of a layer, a is the input (with the constant 1 of a bias that
-# acts), z = a . W the sums and h = t(z) the outputs, in units of 1/S.
+# network; from here on, L is the loss of one example; of a layer, a is the input (with the constant 1 of
+# a bias that acts), z = a . W the sums and h = t(z) the outputs, in units of 1/S.
 #
-#   1. The expectation is linear, so every example has members of its own.
+#   1. The gradient of a mean is the mean of the gradients, so every example has members of its own.
 #   2. The example sees the weights of unit j only through z_j = a . W[:, j]. A mutation across a changes
 #      nothing, so mutate along a: W[:, j] +- sigma a/|a|, which moves z_j by +- sigma |a|. (The field
 #      calls that node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
@@ -442,22 +444,25 @@ def accuracy(logits, labels):
 #     r   = L(+e) - L(-e)                            the difference of the losses, one for the block
 #     c_j = h_j(+e) - h_j(-e)                        the movement of the unit's output
 #     s_j = r [c_j != 0] / (2 e_j sigma |a|)         the slope of the loss along z_j; 0 where |a| = 0
-#     dW[:, j] = a s_j,   db_j = s_j                 means over the batch
+#     dW[:, j] = a s_j,   db_j = s_j                 means over the batch; db_j = 0 if the bias does not act
 #
-# s_j is an unbiased estimate of (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|), averaged over
-# the signs of the other units of the block, all remaining units at their base: the slope of the loss
-# along z_j over the interval +- sigma |a|. That is neither the gradient of the Gaussian-smoothed loss nor
-# obviously the gradient of one function. Steps 1 and 4 leave g as it is; so does step 2 where nothing
-# below the layer is mutated; signs instead of Gaussians, and step 3, change what is estimated.
+# s_j is an unbiased estimate of the slope of the loss along z_j over the interval +- sigma |a|,
+#
+#     (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|),
+#
+# averaged over the signs of the other units of the block, all remaining units at their base. That is
+# neither the gradient of the Gaussian-smoothed loss nor obviously the gradient of one function. Steps 1
+# and 4 leave the expectation as it is, and so does step 2 if nothing below the layer is mutated, as here;
+# signs instead of Gaussians, and step 3, change what is estimated.
 #
 # Optional, a control variate: layers are measured from the last to the first, so the slopes s' of the
 # layer above are known, and with its weights W' the chain rule predicts what unit j adds to r:
 #
-#     g_j = c_j (W' s')_j,     s_j = (g_j + (r - sum_J g) [c_j != 0]) / (2 e_j sigma |a|)
+#     p_j = c_j (W' s')_j,     s_j = (p_j + (r - sum_J p) [c_j != 0]) / (2 e_j sigma |a|)
 #
-# The expectation is the same however bad the prediction; a good one takes the noise away that the units
-# of a block are to each other. It is a linear surrogate of the loss made of measured slopes, and takes no
-# derivative; with c_j in the place of a derivative, it is also what backprop would do.
+# The expectation is the same however bad the prediction; a good one removes the noise that the other
+# units of the block add to s_j. It is a linear surrogate of the loss made of measured slopes, and takes no
+# derivative; with c_j / (2 e_j sigma |a|) where backprop has t'(z_j), it is also what backprop would do.
 
 
 def mutation_signs(rng, params, n):
@@ -480,7 +485,7 @@ def _acts(l, ftz=True, scale=SCALE, transfer=None):
 def _check_es(params, x, labels, sigma, block, losses, **net):
     _check(params, x, **net)
     n, classes, least = len(x), len(params[-1][1]), net.get("scale", SCALE) * TINY
-    good = isinstance(sigma, numbers.Real) and 0 < float32(sigma) < np.inf and isinstance(block, numbers.Integral)
+    good = isinstance(sigma, numbers.Real) and TINY <= float32(sigma) < np.inf and isinstance(block, numbers.Integral)
     _require(good and block >= 1, "sigma, block", "a finite number > 0, an integer >= 1", f"{sigma}, {block}")
     _require(np.shape(labels)[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {np.shape(labels)}")
     inert = all(_acts(l, **net) or np.abs(b).max() < least for l, (_, b) in enumerate(params))
@@ -511,20 +516,19 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_
                     L.append(losses(forward(member, example, **net), label)[0])
                     h.append(activations(member, example, **net)[l][0, J] * unit)
                 c = h[0] - h[1]
-                g = c * (params[l + 1][0][J] @ above) if control_variate and l < last else np.zeros_like(c)
-                s[J] = (g + (L[0] - L[1] - g.sum()) * (c != 0)) / (2 * e[J] * shift)
+                p = c * (params[l + 1][0][J] @ above) if control_variate and l < last else np.zeros_like(c)
+                s[J] = (p + (L[0] - L[1] - p.sum()) * (c != 0)) / (2 * e[J] * shift)
             grads[l] += np.outer(a, s) / float32(len(x))
             above = s
     return [(grad[:-1], grad[-1]) for grad in grads]
 
 
 def _layers(params, ftz=True, scale=SCALE, transfer=None):
-    """(W, b, t) of each layer, in units of 1/S and with an example a column: h = t(W^T a + b). May overwrite."""
-    flags = hardware_ftz()
+    """(W, b, t) of each layer, in units of 1/S, an example a column: h = t(W^T a + b). t may overwrite z."""
 
     def dead_zone(z):
         if ftz == "hardware":
-            with flags:
+            with hardware_ftz():
                 z /= scale
                 z *= scale
         elif ftz:
@@ -538,7 +542,7 @@ def _layers(params, ftz=True, scale=SCALE, transfer=None):
 def _member_losses(layers, l, k, change, base, labels, losses):
     """Losses [blocks, 2, n] of the members, and of their mirror images, whose outputs in layer l `change`.
 
-    change : [width, 2, n], of the outputs of the layer, a block of k after the other.
+    change : [width, 2, n], of the outputs of the layer; a block is k rows.
     base : [next width, n], what it is added to: the sums of the next layer, or the logits.
     """
     (width, _, n), above = change.shape, layers[l + 1 :]
@@ -560,8 +564,9 @@ def _member_losses(layers, l, k, change, base, labels, losses):
 
 @_ieee
 def _task_slopes(params, sigma, block, losses, control_variate, net, task):
+    """The outputs and slopes of some examples, in the symbols of the comment above; [width, n] unless it says more."""
     x, labels, signs = task
-    layers, sums, a = _layers(params, **net), [], [x.T]
+    layers, sums, a = _layers(params, **net), [], [x.T]  # a: the inputs of the layers, and the logits
     for W, b, t in layers:
         sums.append(W.T @ a[-1] + b)
         a.append(t(sums[-1].copy()))
@@ -569,16 +574,16 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
     signs = np.split(signs.T.astype(float32), np.cumsum([len(b) for _, b in params])[:-1])
     mirror, slopes = np.array([[1], [-1]], float32), [None] * len(layers)
     for l, (e, (_, _, t)) in reversed([*enumerate(zip(signs, layers))]):
-        k, hidden = (block, True) if l + 1 < len(layers) else (1, False)
-        shift = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(_acts(l, **net)))  # sigma |a|
+        k, hidden = (min(block, len(e)), True) if l + 1 < len(layers) else (1, False)
+        shift = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(_acts(l, **net)))  # sigma |a|, [n]
         h = t(sums[l][:, None] + mirror * (e * shift)[:, None])  # of members and mirror images, [width, 2, n]
-        L = _member_losses(layers, l, k, h - a[l + 1][:, None], sums[l + 1], labels, losses)
-        r, c, g = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
+        L = _member_losses(layers, l, k, h - a[l + 1][:, None], sums[l + 1], labels, losses)  # [blocks, 2, n]
+        r, c, p = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and hidden:
-            g = c * (params[l + 1][0] @ slopes[l + 1])
-            r -= np.add.reduceat(g, range(0, len(g), k), axis=0)
+            p = c * (params[l + 1][0] @ slopes[l + 1])
+            r -= np.add.reduceat(p, range(0, len(p), k), axis=0)
         per_shift = np.divide(0.5, shift, out=np.zeros_like(shift), where=shift > 0)
-        slopes[l] = (g + np.repeat(r, k, axis=0)[: len(c)] * (c != 0)) * (e * per_shift)
+        slopes[l] = (p + np.repeat(r, k, axis=0)[: len(c)] * (c != 0)) * (e * per_shift)
     return a[1:-1], slopes
 
 
@@ -586,8 +591,9 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
 def es_slopes(params, x, labels, signs, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
     """What ES measures: the slope s of each example's loss along the sum of each unit.
 
-    The same as in `es_gradient_plain`, up to rounding, without its repetitions: what is below a mutation is
-    computed once, and only the change of k outputs is multiplied with the next weights.
+    The same as in `es_gradient_plain`, up to rounding (a sum that is at a threshold but for its rounding may
+    live in one and not in the other), without its repetitions: what is below a mutation is computed once, and
+    only the change of k outputs is multiplied with the next weights.
 
     Parameters
     ----------
@@ -600,12 +606,12 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=8, losses=cross_entrop
         example a column. With the layer's input a, x.T or the h below, a s^T / n is the gradient of W.
     """
     _check_es(params, x, labels, sigma, block, losses, **net)
-    shape = len(x), sum(len(b) for _, b in params)
-    _require(np.shape(signs) == shape, "signs", f"shape {shape}, a sign for each row and unit", np.shape(signs))
+    signs, shape = np.asarray(signs), (len(x), sum(len(b) for _, b in params))
+    _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
     return _task_slopes(params, sigma, block, losses, control_variate, net, (x, labels, signs))
 
 
-TASK = 128  # examples whose slopes are measured together; of 64, each costs 1.1 times as much
+TASK = 128  # examples whose slopes are measured together; with 64, an example costs 1.1 times as much
 
 
 @_ieee
@@ -614,8 +620,8 @@ def es_gradient(
 ):
     """Evolution-strategies estimate of the gradient of the mean loss, ready for descent.
 
-    From losses and activations of mutated networks alone; with the control variate, from their weights
-    too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
+    From losses and activations of mutated networks alone; with the control variate, from the weights above
+    a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
 
     Parameters
     ----------
@@ -630,7 +636,7 @@ def es_gradient(
     control_variate : whether the chain rule's prediction is taken out of a block's difference.
     map_tasks : calls a function with each of a list of tasks and returns the results in their order, like
         the builtin `map`: also that of a pool of threads or processes, of mpi4py.futures or dask. A task
-        pickles if `losses` and `transfer` do; it has TASK examples, and is the same whatever computes it.
+        pickles if `losses` and `transfer` do; it has TASK examples or, the last, fewer, whatever computes it.
     **net : `ftz`, `scale`, `transfer`, as in `forward`; "hardware" gives the same bits as True, faster.
 
     Returns
@@ -642,6 +648,7 @@ def es_gradient(
     ------
     TypeError : not float32, or not of its kind. ValueError : shapes that do not fit, values out of range,
     and, with the flush, later biases of S TINY (1/2) or more, which do not flush: training makes none.
+    RuntimeError : "hardware" where `hardware_ftz` raises it.
     """
     _check_es(params, x, labels, sigma, block, losses, **net)
     n, signs = len(x), mutation_signs(rng, params, len(x))
@@ -673,7 +680,8 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
     _require(good, "lr, weight_decay, beta1, beta2, eps", "finite numbers from 0 on, beta < 1, eps > 0", rates)
     leaves = [_leaves(tree) for tree in (p, g, m, v)]
     shapes = [[_float32(a, name).shape for a in arrays] for name, arrays in zip("pgmv", leaves)]
-    _require(all(shape == shapes[0] for shape in shapes), "p, g, m, v", "the same shapes", shapes)
+    written = all(a.flags.writeable for a in leaves[0] + leaves[2] + leaves[3])
+    _require(written and shapes == 4 * shapes[:1], "p, g, m, v", "writable arrays of the same shapes", shapes)
     for p, g, m, v in zip(*leaves):
         m += float32(1 - beta1) * (g - m)
         v += float32(1 - beta2) * (g * g - v)

@@ -1163,6 +1163,8 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
     assert len(calls) == 3  # one look at what it returns
     with pytest.raises(ValueError, match=r"signs: expected shape \(6, 24\)"):
         fpnl.es_slopes(params, x, labels, fpnl.mutation_signs(RNG(0), params, 5))
+    with pytest.raises(ValueError, match=r"signs: expected shape \(6, 24\) of -1 and \+1"):
+        fpnl.es_slopes(params, x, labels, np.zeros((6, 24), np.int8))
     assert_same_params(params, before)
 
 
@@ -1197,6 +1199,8 @@ def test_adamw_takes_what_es_gradient_returns():
     assert not np.array_equal(trees[0][0][0], params[0][0])
     p, g, m, v = trees
     wide, short = [p[0], p[1], [p[2][0].astype(np.float64), p[2][1]]], p[:2]
+    fixed = [a.copy() for a in v[2]]
+    fixed[1].flags.writeable = False
     for kind, says, arguments in [
         (ValueError, "step: expected an integer >= 1, found 0", (p, g, m, v, 0, 0.1)),
         (ValueError, "step: expected an integer >= 1, found 1.5", (p, g, m, v, 1.5, 0.1)),
@@ -1207,8 +1211,10 @@ def test_adamw_takes_what_es_gradient_returns():
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, 0.1, 0, 0.9, 0.999, 0.0)),
         (TypeError, "p: expected float32 .*, found float64", (wide, g, m, v, 1, 0.1)),
         (TypeError, "g: expected float32 .*, found float64", (p, wide, m, v, 1, 0.1)),
-        (ValueError, "p, g, m, v: expected the same shapes", (p, g, m, short, 1, 0.1)),
-        (ValueError, "p, g, m, v: expected the same shapes", (p, g[::-1], m, v, 1, 0.1)),
+        (ValueError, "p, g, m, v: expected writable arrays of the same shapes", (p, g, m, short, 1, 0.1)),
+        (ValueError, "p, g, m, v: expected writable arrays of the same shapes", (p, g[::-1], m, v, 1, 0.1)),
+        (ValueError, "p, g, m, v: expected writable arrays", (p, g, m, [*v[:2], fixed], 1, 0.1)),
+        (ValueError, "p, g, m, v: expected writable arrays", (np.float32(1), *[np.ones((), np.float32)] * 3, 1, 0.1)),
     ]:
         with pytest.raises(kind, match=says):
             fpnl.adamw(*arguments)
