@@ -309,7 +309,7 @@ def test_bits_do_not_depend_on_the_neighbours(op, daz, tininess):
     """Pairs alone and by threes, as in a large array, wherever that is cut into chunks."""
     function = functools.partial(getattr(fpnl, op), daz=daz, tininess=tininess)
     for (a, b), n in [(grid(), 1), (directed(), 1), (directed(), 3)]:
-        expected, pick = function(a, b), RNG(n).permutation(a.size)[: n * 2000].reshape(-1, n)
+        expected, pick = function(a, b), RNG(n).permutation(a.size)[: n * 1000].reshape(-1, n)
         assert_same_bits(np.array([function(a[i], b[i]) for i in pick]), expected[pick])
 
 
@@ -462,7 +462,7 @@ def test_other_threads_keep_their_mode():
 @needs_hardware
 @all_modes
 @all_ops
-@pytest.mark.parametrize("vectors", [grid, directed, pytest.param(random, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vectors", [grid, *(pytest.param(v, marks=pytest.mark.slow) for v in (directed, random))])
 def test_emulation_on_a_cpu_that_flushes_already(vectors, op, ftz, daz):
     """Another library may have switched this thread's flags on: the bits are the same."""
     for own, tininess in itertools.product((True, False), ("after", "before")):
@@ -829,7 +829,7 @@ NETWORKS = [
     {},
     {"ftz": False},
     pytest.param({"ftz": "hardware"}, marks=needs_hardware),
-    {"scale": np.float32(2.0**127)},
+    pytest.param({"scale": np.float32(2.0**127)}, marks=pytest.mark.slow),
     {"transfer": np.tanh},
 ]
 
@@ -947,7 +947,7 @@ def test_the_generators_state_decides_the_signs(n, kind):
 
 
 @pytest.mark.parametrize("ftz", [True, pytest.param("hardware", marks=needs_hardware)])
-@pytest.mark.parametrize("exponent", [125, 127, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exponent", [125, *(pytest.param(e, marks=pytest.mark.slow) for e in (127, 64))])
 def test_the_dead_zone_is_the_scaling_of_the_network(ftz, exponent):
     """In units of 1/S, for all significands in the binades around the threshold and both signs."""
     scale = np.float32(2.0**exponent)
@@ -1551,6 +1551,7 @@ def test_report_and_validation(slice_of_mnist, tmp_path):
     assert last.startswith("result: train ") and " validation " in last and result(done)
 
 
+@pytest.mark.slow
 def test_until_test_stops_at_the_first_report_over_the_mark(slice_of_mnist, tmp_path):
     options = "--hidden 24 24 --batch 100 --epochs 2 --reports 5 --workers 1".split()
     command = ["--data", slice_of_mnist, *options, "--log", tmp_path / "w.csv"]
@@ -1943,6 +1944,7 @@ def test_a_dead_worker_ends_the_run_and_the_last_report_is_kept(small, tmp_path)
     assert errors == f"train.py: error: {says}\n" and int(saved(path)["step"]) >= 0
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_settings_by_name(small, tmp_path):
     path = tmp_path / "w.npz"
     run(*small, "--epochs", 1, "--save", path)
@@ -2053,6 +2055,7 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
     assert [int(v) for v in run("--evaluate", tmp_path / "w.npz", "--predict", images).stdout.split()] == [*expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
