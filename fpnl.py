@@ -451,9 +451,9 @@ def accuracy(logits, labels):
 #     (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|),
 #
 # averaged over the signs of the other units of the block, all remaining units at their base. That is
-# neither the gradient of the Gaussian-smoothed loss nor obviously the gradient of one function. Steps 1
-# and 4 leave the expectation as it is, and so does step 2 if nothing below the layer is mutated, as here;
-# signs instead of Gaussians, and step 3, change what is estimated.
+# neither the gradient of the Gaussian-smoothed loss nor obviously the gradient of one function. Step 1
+# leaves the expectation as it is, and so do 2 and 4 if nothing below the layer is mutated, as here; signs
+# instead of Gaussians, and step 3, change what is estimated.
 #
 # Optional, a control variate: layers are measured from the last to the first, so the slopes s' of the
 # layer above are known, and with its weights W' the chain rule predicts what unit j adds to r:
