@@ -1,35 +1,40 @@
-"""Raw IDX files, the format of MNIST, as arrays: `train_x, train_y, test_x, test_y = load("mnist")`.
+"""Files as arrays: data sets, `train_x, train_y, test_x, test_y = load("mnist")`, and weights of networks.
 
-A file is a magic number (0, 0, type, number of dimensions), the dimensions as big-endian uint32, and
-the values, gzipped or not: http://yann.lecun.com/exdb/mnist/ (archived). Every defect of a file is a
-ValueError that names the file, what was expected and what was found; nothing is ever downloaded.
+A data set is raw IDX files, the format of MNIST: a magic number (0, 0, type, number of dimensions), the
+dimensions as big-endian uint32, and the values, gzipped or not: http://yann.lecun.com/exdb/mnist/
+(archived). Every defect of a file is a ValueError that names the file, what was expected and what was
+found; nothing is ever downloaded.
 """
 
+import contextlib
 import gzip
 import math
+import os
 import pathlib
 import struct
+import tempfile
+import zipfile
 import zlib
 
 import numpy as np
 
 MNIST = pathlib.Path(__file__).resolve().parent / "mnist"
-CLASSES = 10
 _TYPES = {0x08: np.dtype(">u1"), 0x0D: np.dtype(">f4")}
 
 
-def load(folder=MNIST):
+def load(folder=MNIST, validation=0):
     """The four files of a data set in MNIST's format (Fashion-MNIST, KMNIST, your own).
 
     Parameters
     ----------
     folder : holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
         t10k-labels-idx1-ubyte; each also as `train-images.idx3-ubyte`, and with or without `.gz`.
+    validation : hold so many of the last training images out, and give them in the place of the test set.
 
     Returns
     -------
     train_x, train_y, test_x, test_y : images [n, rows * columns], uint8 0..255 or float32 in [0, 1] as
-        they are stored (see `pixels`); labels [n] uint8 in [0, 10).
+        they are stored (see `pixels`); labels [n] uint8, of two classes at least; the test set has no others.
 
     Raises
     ------
@@ -46,10 +51,10 @@ def load(folder=MNIST):
             raise ValueError(f"{images}: expected images, found shape {x.shape}")
         if len(x) != len(y):
             raise ValueError(f"{labels}: expected {len(x)} labels, one for each image of {images.name}, found {len(y)}")
-        if y.dtype != np.uint8 or y.max() >= CLASSES:
-            raise ValueError(
-                f"{labels}: expected labels 0 to {CLASSES - 1} (unsigned bytes), found {y.max()} ({y.dtype})"
-            )
+        most = sets[1].max() if sets else 255
+        if y.dtype != np.uint8 or y.max() > most or not (sets or y.min() < y.max()):
+            says = f"expected labels 0 to {most} (unsigned bytes), of two classes at least to train on"
+            raise ValueError(f"{labels}: {says}, found {y.min()} to {y.max()} ({y.dtype})")
         if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # NaN fails both
             raise ValueError(f"{images}: expected float pixels in [0, 1], found {x.min()} to {x.max()}")
         if sets and x.shape[1:] != sets[0].shape[1:]:
@@ -57,7 +62,10 @@ def load(folder=MNIST):
                 f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}"
             )
         sets += [x, y]
-    return tuple(a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
+    x, y, *test = (a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
+    if validation >= len(y):
+        raise ValueError(f"validation: expected fewer than the {len(y)} training images, found {validation}")
+    return (x[:-validation], y[:-validation], x[-validation:], y[-validation:]) if validation else (x, y, *test)
 
 
 def read_idx(path, ndim):
@@ -83,6 +91,61 @@ def read_idx(path, ndim):
 def pixels(x):
     """Images as the network takes them: float32 in [0, 1]."""
     return x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
+
+
+def check_new_file(path):
+    """Raise ValueError if no such file can be written."""
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            tempfile.TemporaryFile(dir=path.parent).close()
+            return
+    raise ValueError(f"{path}: expected a file in a folder to write to, found none")
+
+
+def save_weights(path, params, **arrays):
+    """[(W, b), ...] as W1, b1, ... in an .npz file, and what else there is: complete or not at all."""
+    path = pathlib.Path(path)
+    arrays = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)} | arrays
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_weights(path):
+    """The inverse -> params, arrays. Raises ValueError if they, or `moments`, are not finite float32 that fit."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
+    params = []
+    while f"W{len(params) + 1}" in arrays:
+        i = len(params) + 1
+        W, b = (arrays.pop(f"{name}{i}", np.empty(0)) for name in "Wb")
+        fan_in = params[-1][0].shape[1] if params else len(W) if W.ndim else 0
+        if not (W.dtype == b.dtype == np.float32 and W.ndim == 2 and len(W) == fan_in and b.shape == W.shape[1:]):
+            found = f"W{i} {W.dtype} {W.shape}, b{i} {b.dtype} {b.shape}"
+            raise ValueError(f"{path}: expected float32 W{i} [{fan_in}, width] and b{i} [width], found {found}")
+        if not (np.isfinite(W).all() and np.isfinite(b).all()):
+            raise ValueError(f"{path}: expected finite weights, found others in layer {i}")
+        params.append((W, b))
+    if not params:
+        raise ValueError(f"{path}: expected W1, b1, ..., found {', '.join(arrays) or 'nothing'}")
+    shape, moments = (2, sum(a.size for layer in params for a in layer)), arrays.get("moments")
+    if moments is not None and not (
+        moments.dtype == np.float32 and moments.shape == shape and np.isfinite(moments).all()
+    ):
+        raise ValueError(f"{path}: expected finite float32 moments {shape}, found others")
+    return params, arrays
 
 
 def _find(folder, name):

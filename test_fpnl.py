@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import types
 import zlib
 
 import numpy as np
@@ -1391,9 +1391,10 @@ NAN[3, 2, 1] = np.nan
         (IMAGES, idx(NAN, 0x0D), r"expected float pixels in \[0, 1\], found nan"),
         (IMAGES, idx(NAN[4:] * 3, 0x0D), "train-labels.*expected 56 labels"),
         (IMAGES, idx(np.full((60, 4, 5), 1.5), 0x0D), r"expected float pixels in \[0, 1\], found 1.5 to 1.5"),
-        (LABELS, idx(np.arange(20)), "expected labels 0 to 9 .unsigned bytes., found 19"),
+        (LABELS, idx(np.arange(20)), "expected labels 0 to 9 .unsigned bytes., .* found 0 to 19 .uint8."),
         (LABELS, idx(np.zeros(19)), "expected 20 labels, one for each image of t10k-images-idx3-ubyte, found 19"),
-        (LABELS, idx(np.zeros(20), 0x0D), "expected labels 0 to 9 .unsigned bytes., found 0.0 .float32."),
+        (LABELS, idx(np.zeros(20), 0x0D), "expected labels 0 to 9 .unsigned bytes., .* found 0.0 to 0.0 .float32."),
+        ("train-labels-idx1-ubyte", idx(np.full(60, 3)), "of two classes at least to train on, found 3 to 3 .uint8."),
         (LABELS, GOOD, "starts with 00000801 .*, found 00000803"),
     ],
 )
@@ -1403,6 +1404,21 @@ def test_load_names_the_file_what_was_expected_and_what_was_found(tmp_path, name
     with pytest.raises(ValueError, match=says) as caught:
         data.load(tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [2, 26, 47, 62])
+def test_the_number_of_classes_comes_from_the_labels(tmp_path, classes):
+    """As of EMNIST; the command takes it over, and what it saves has it."""
+    folder = tmp_path / "set"
+    write_set(folder, train=300, test=100)
+    for part, n in (("train", 300), ("t10k", 100)):
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n) % classes))
+    done = run("--data", folder, *"--hidden 8 --batch 50 --epochs 1 --workers 1 --save".split(), tmp_path / "w.npz")
+    assert f"20-8-{classes} network" in done.stdout
+    weights = saved(tmp_path / "w.npz")
+    assert weights["W2"].shape == (8, classes) and json.loads(str(weights["settings"]))["classes"] == classes
+    table = run("--data", folder, "--evaluate", tmp_path / "w.npz").stdout.splitlines()
+    assert len(table) == classes + 2 and sum(int(cell) for row in table[1:-1] for cell in row.split()[1:-1]) == 100
 
 
 def test_a_missing_file_or_folder(tmp_path):
@@ -1488,7 +1504,16 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
-SHORT = ["--epochs", 0.15, "--batch", 300, "--seed", 3, "--flush", "emulated", "--workers", 1, "--reports", 1]
+SHORT = (
+    "--epochs 0.15 --batch 300 --seed 3 --flush emulated --workers 1 --reports 1".split()
+)  # five tasks, the last smaller
+
+
+def assert_same_weights(path, expected):
+    weights = saved(path)
+    assert weights.keys() == expected.keys()
+    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
+        assert_same_bits(weights[key], expected[key])
 
 
 @pytest.fixture(scope="session")
@@ -1509,17 +1534,82 @@ def one_step(slice_of_mnist, tmp_path_factory):
     "options",
     [
         ["--workers", 2],
-        pytest.param(["--workers", 3], marks=pytest.mark.slow),
+        *(pytest.param(["--workers", n], marks=pytest.mark.slow) for n in (3, 7, 16)),
         pytest.param(["--engine", "threads", "--workers", 3], marks=pytest.mark.slow),
         pytest.param(["--flush", "hardware"], marks=needs_hardware),
+        pytest.param(["--flush", "hardware", "--workers", 3], marks=[needs_hardware, pytest.mark.slow]),
     ],
 )
 def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run, tmp_path, options):
     run("--data", slice_of_mnist, *SHORT, *options, "--save", tmp_path / "w.npz")
-    weights = saved(tmp_path / "w.npz")
-    assert weights.keys() == short_run.keys()
-    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
-        assert_same_bits(weights[key], short_run[key])
+    assert_same_weights(tmp_path / "w.npz", short_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_same_seed_same_weights_however_processes_start(slice_of_mnist, short_run, tmp_path, method):
+    """In a program of one's own, which has imported NumPy before."""
+    options = [str(part) for part in ("--data", slice_of_mnist, *SHORT, "--workers", 2, "--save", tmp_path / "w.npz")]
+    lines = ["import multiprocessing, numpy, train", "if __name__ == '__main__':"]
+    lines += [f" multiprocessing.set_start_method({method!r})", f" train.main({options!r})"]
+    program = tmp_path / "mine.py"
+    for imports in (lines[0], lines[0].replace("numpy, train", "train, numpy")):
+        program.write_text("\n".join([imports, *lines[1:]]))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_same_weights(tmp_path / "w.npz", short_run)
+
+
+@pytest.mark.slow
+def test_two_trainings_in_two_threads_do_not_meet(slice_of_mnist, short_run, tmp_path):
+    """The same settings, and others, at the same time."""
+    runs = [(3, "a", "processes", 2), (4, "b", "threads", 2), (3, "c", "processes", 1)]
+    common = ["--data", str(slice_of_mnist), *SHORT, "--quiet"]
+    program = tmp_path / "mine.py"
+    program.write_text(
+        f"""
+import concurrent.futures, train
+
+def trained(seed, name, engine, workers):
+    options = ["--seed", seed, "--save", {str(tmp_path)!r} + "/" + name, "--engine", engine, "--workers", workers]
+    train.train(train.parse_args({common!r} + [str(option) for option in options]))
+
+if __name__ == "__main__":
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(trained, *zip(*{runs!r})))
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run(*common, "--seed", 4, "--save", tmp_path / "alone")
+    for name, expected in (("a", short_run), ("b", saved(tmp_path / "alone")), ("c", short_run)):
+        assert_same_weights(tmp_path / name, expected)
+
+
+def test_a_worker_that_raises_leaves_nobody_waiting(slice_of_mnist, tmp_path):
+    """Its error is the one that is told, not those of the workers that would have waited for it."""
+    program = tmp_path / "mine.py"
+    program.write_text(
+        """
+import sys, train
+
+def measure(run, step, images, rank, workers, original=train.measure):
+    if (rank, step) == (1, 2):
+        raise ValueError("of worker 1")
+    return original(run, step, images, rank, workers)
+
+train.measure = measure  # in each process, as it imports this
+if __name__ == "__main__":
+    train.main(sys.argv[1:])
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for engine in ("threads", "processes"):
+        command = [sys.executable, program, "--data", slice_of_mnist, *SHORT, "--workers", "3", "--engine", engine]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (2, "train.py: error: of worker 1\n")
 
 
 @pytest.mark.parametrize(
@@ -1556,15 +1646,15 @@ def test_until_test_stops_at_the_first_report_over_the_mark(slice_of_mnist, tmp_
     options = "--hidden 24 24 --batch 100 --epochs 2 --reports 5 --workers 1".split()
     command = ["--data", slice_of_mnist, *options, "--log", tmp_path / "w.csv"]
     run(*command)
-    scores = [row.split(",")[4] for row in (tmp_path / "w.csv").read_text().splitlines()[2:]]
+    scores = [row.split(",")[4] for row in (tmp_path / "w.csv").read_text().splitlines()[3:]]
     mark = scores[3]
     first = scores.index(next(score for score in scores if float(score) >= float(mark)))
     done = run(*command, "--until-test", mark, "--quiet")
-    rows = (tmp_path / "w.csv").read_text().splitlines()[2:]
+    rows = (tmp_path / "w.csv").read_text().splitlines()[3:]
     assert [row.split(",")[4] for row in rows] == scores[: first + 1] and first > 0
     assert result(done)[1] == pytest.approx(float(scores[first]), abs=5e-5)
     done = run(*command, "--epochs", 1.5, "--reports", 1, "--until-test", 1.01, check=False)
-    assert len((tmp_path / "w.csv").read_text().splitlines()) == 2 + 4  # twice an epoch, and to the end
+    assert len((tmp_path / "w.csv").read_text().splitlines()) == 3 + 4  # twice an epoch, and to the end
     assert done.returncode == 1 and re.fullmatch(
         r"train.py: the accuracy ended at 0\.\d{4}, below 1\.01\n", done.stderr
     )
@@ -1577,7 +1667,7 @@ def test_a_preset_is_a_set_of_defaults(small, tmp_path):
     args = vars(train.parse_args(["--preset", "best"]))
     assert {name: args[name] for name in chosen} == chosen
     default = vars(train.parse_args([]))
-    assert any(default[name] != value for name, value in chosen.items()) and chosen.keys() <= set(train.SETTINGS)
+    assert any(default[name] != value for name, value in chosen.items()) and chosen.keys() <= train.OPTIONS.keys()
     args = vars(train.parse_args(["--preset", "best", "--epochs", "0.5"]))
     assert args["epochs"] == 0.5 and all(args[name] == chosen[name] for name in chosen if name != "epochs")
     run(*small, "--epochs", 0.1, "--save", tmp_path / "w.npz")
@@ -1599,26 +1689,26 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--sigma", 0], "argument --sigma: expected a finite number above 0, found 0"),
-        (["--sigma", "nan"], "argument --sigma: expected a finite number above 0, found nan"),
+        (["--sigma", 0], "argument --sigma: expected a finite number from 1e-09, found 0"),
+        (["--sigma", "nan"], "argument --sigma: expected a finite number from 1e-09, found nan"),
         (["--sigma", "big"], "argument --sigma: invalid float value: 'big'"),
         (["--block", 0], "argument --block: expected a finite number from 1, found 0"),
         (["--batch", 0], "argument --batch: expected a finite number from 1, found 0"),
         (["--batch", 60001], "--batch: expected at most the 60000 training images, found 60001"),
-        (["--validation", 60000], "--validation: expected fewer than 60000 images, found 60000"),
+        (["--validation", 60000], "validation: expected fewer than the 60000 training images, found 60000"),
         (["--jitter", 0.1], "unrecognized arguments: --jitter 0.1"),
         (["--epochs", -1], "argument --epochs: expected a finite number from 0, found -1"),
         (["--epochs", "inf"], "argument --epochs: expected a finite number from 0, found inf"),
         (["--lr", "-0.1"], "argument --lr: expected a finite number from 0, found -0.1"),
         (["--weight-decay", "x"], "argument --weight-decay: invalid float value: 'x'"),
         (["--workers", 0], "argument --workers: expected a finite number from 1, found 0"),
-        (["--log", "/"], "argument --log: expected a file in a folder to write to, found /"),
+        (["--log", "/"], "/: expected a file in a folder to write to, found none"),
         (["--seed", -1], "argument --seed: expected a finite number from 0, found -1"),
         (["--flush", "maybe"], "argument --flush: invalid choice: 'maybe'"),
         (["--data", "/nowhere"], "/nowhere: expected a folder with the four files of MNIST, found none"),
         (
             ["--save", "/nowhere/w.npz"],
-            "argument --save: expected a file in a folder to write to, found /nowhere/w.npz",
+            "/nowhere/w.npz: expected a file in a folder to write to, found none",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
@@ -1636,77 +1726,12 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, arguments, sa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("method", ["backprop", "relu", "deadzone"])
-def test_the_controls_gradient_is_the_derivative(method, monkeypatch):
-    """Reverse mode against central differences, along a random direction of all the weights; within the
-    dead zones, where the network is differentiable, the step is too small for a unit to cross a threshold."""
-    import train
-
-    args = types.SimpleNamespace(method=method, flush="emulated" if method == "deadzone" else "off")
-    monkeypatch.setattr(train, "job", types.SimpleNamespace(args=args))
-    params, x, labels = example((12, 10, 9, 5), n=2)
-    rng, grads = RNG(1), train.backprop(params, x, labels)
-    direction = [[rng.standard_normal(a.shape, dtype=np.float32) for a in layer] for layer in params]
-
-    def loss_at(t):
-        moved = [[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]
-        return float(fpnl.loss(train.outputs(moved, x)[-1], labels))
-
-    slope = sum(np.vdot(g, d) for layers in zip(grads, direction) for g, d in zip(*layers))
-    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.02)
-
-
-def test_backprop_is_blind_to_underflow(monkeypatch):
-    """With the flush on, the derivative of the network is taken for the linear one's: straight through."""
-    import train
-
-    params, x, labels = example((12, 10, 9, 5), n=30)
-    grads = []
-    for flush in ("emulated", "off"):
-        job = types.SimpleNamespace(args=types.SimpleNamespace(method="backprop", flush=flush))
-        monkeypatch.setattr(train, "job", job)
-        hs = train.outputs(params, x)
-        assert np.any(hs[0] == 0) == (flush == "emulated")
-        grads.append(train.backprop(params, x, labels))
-    p = np.exp(hs[-1]) / np.exp(hs[-1]).sum(axis=1, keepdims=True) - np.eye(5, dtype=np.float32)[labels]
-    np.testing.assert_allclose(grads[1][0][0], x.T @ (p / 30 @ params[2][0].T @ params[1][0].T), atol=1e-6)
-    assert not np.array_equal(grads[0][0][0], grads[1][0][0])
-
-
-@pytest.mark.slow
-def test_the_controls_train(slice_of_mnist):
-    """Softmax regression and the linear network learn the same; the ReLU network, from the same start, more."""
-    common = [
-        "--data",
-        slice_of_mnist,
-        "--epochs",
-        2,
-        "--batch",
-        100,
-        "--weight-decay",
-        0,
-        "--flush",
-        "off",
-        "--reports",
-        1,
-    ]
-    regression, linear, relu = (
-        result(run(*common, *options))[1]
-        for options in (
-            ["--method", "backprop", "--hidden"],
-            ["--method", "backprop"],
-            ["--method", "relu", "--flush", "emulated"],
-        )
-    )
-    assert 0.8 < regression < 0.9 and 0.84 < linear < 0.9
-    assert relu > linear + 0.02
-
-
 def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path):
     done = run("--data", slice_of_mnist, *SHORT, "--reports", 2, "--log", tmp_path / "log.csv")
-    comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert comment.startswith("# python train.py --data ") and "NumPy" in comment
-    assert " --hidden 512 512 --method es " in comment and " --seed 3 " in comment
+    settings, comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    settings = json.loads(settings.removeprefix("# "))
+    assert comment.startswith("# Python ") and "NumPy" in comment
+    assert (settings["hidden"], settings["method"], settings["seed"], settings["classes"]) == ([512, 512], "es", 3, 10)
     assert header == "epoch,seconds,loss,train,test,live1,live2,live3"
     printed = [line.split() for line in done.stdout.splitlines()[2:-1]]
     assert len(rows) == len(printed) == 3
@@ -1718,6 +1743,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):
     done = run("--data", slice_of_mnist, "--lr", 1e38, "--epochs", 1, "--save", tmp_path / "w.npz", check=False)
     assert done.returncode == 2 and "the loss is" in done.stderr and "try a smaller --lr" in done.stderr
     assert np.isfinite(saved(tmp_path / "w.npz")["W1"]).all()  # the last good report
+
+
+def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch):
+    """By taskset and by the quota of a container, in either version of cgroups and of any parent."""
+    import train
+
+    nothing = tmp_path / "none"
+    count = train.cores(nothing, nothing)
+    if hasattr(os, "sched_setaffinity"):
+        assert count == len(os.sched_getaffinity(0))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    else:
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    def cores(own, **files):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        for name, text in files.items():
+            path = folder / name.replace("__", ".").replace("_in_", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        (folder / "own").write_text(own)
+        return train.cores(folder, folder / "own")
+
+    assert cores("0::/\n", cpu__max="max 100000\n") == 8
+    assert cores("0::/\n", cpu__max="200000 100000\n") == 2
+    assert cores("0::/\n", cpu__max="150000 100000\n") == 2
+    assert cores("0::/\n", cpu__max="1000 100000\n") == 1
+    assert cores("0::/a/b\n", a_in_cpu__max="300000 100000\n", a_in_b_in_cpu__max="max 100000\n") == 3
+    assert cores("0::/gone\n", cpu__max="300000 100000\n") == 3  # a container sees its own group as the top
+    ours = {"cpu_in_cpu.cfs_quota_us": "250000\n", "cpu_in_cpu.cfs_period_us": "100000\n"}
+    assert cores("4:cpu,cpuacct:/docker/1\n2:memory:/\n", **ours) == 3
+    assert cores("4:cpu,cpuacct:/docker/1\n", **ours | {"cpu_in_cpu.cfs_quota_us": "-1\n"}) == 8
+    deeper = {name.replace("cpu_in_", "cpu_in_docker_in_1_in_", 1): text for name, text in ours.items()}
+    assert cores("4:cpu,cpuacct:/docker/1\n", **deeper) == 3
 
 
 # --- Long runs ----------------------------------------------------------------------------------------
@@ -1748,11 +1807,11 @@ def start_command(*command):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_and_resume(small, tmp_path):
-    """20 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
+    """10 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
     run(*small, "--save", tmp_path / "whole.npz")
     rng, path = RNG(0), tmp_path / "w.npz"
     steps = [0]
-    for i in range(20):
+    for i in range(10):
         goes_on = ["--resume", path] if path.exists() else []
         child = start(*small, *goes_on, "--save", path, "--workers", 1 + i % 2)
         for _ in range(rng.integers(2, 6)):
@@ -1766,17 +1825,50 @@ def test_kill_9_at_any_moment_and_resume(small, tmp_path):
     assert_same_run(path, tmp_path / "whole.npz")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_keeps_the_last_step(small, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)]
+)
+def test_ctrl_c_and_sigterm_keep_the_last_step(small, tmp_path, number, workers):
+    """Also where a shell or batch system has Ctrl-C ignored, and sends SIGTERM to all processes of the run."""
     path = tmp_path / "w.npz"
-    child = start(*small, "--epochs", 2000, "--workers", workers, "--save", path)
+    options = [str(part) for part in [*small, "--epochs", 2000, "--workers", workers, "--save", path]]
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(
+        [sys.executable, "-u", "train.py", *options],
+        cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ignore, start_new_session=True,
+    )  # fmt: skip
     for _ in range(3):
         child.stdout.readline()
-    child.send_signal(signal.SIGINT)
+    os.killpg(child.pid, number)
     _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
+    assert child.returncode == 128 + number
     step = int(saved(path)["step"])
+    assert 0 < step < 60000
     assert errors == f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path, slice_of_mnist, number):
+    """In a step that takes seconds; its workers end, too."""
+    child = start(
+        "--data", slice_of_mnist, "--batch", 10000, "--workers", 2, "--block", 1, "--save", tmp_path / "w.npz"
+    )
+    for _ in range(3):
+        child.stdout.readline()
+    time.sleep(0.5)
+    processes = [*family(child.pid)] if sys.platform == "linux" else []
+    child.send_signal(number)
+    time.sleep(0.2)
+    assert child.poll() is None  # it completes the step
+    child.send_signal(number)
+    assert child.wait(timeout=2) == -number
+    assert int(saved(tmp_path / "w.npz")["step"]) == 0
+    for _ in range(40):
+        if not (left := [pid for pid in processes if is_running(pid)]):
+            break
+        time.sleep(0.1)
+    assert not left
+    child.communicate()
 
 
 # mpi4py and distributed, started as the README says. On one machine: three MPI processes, two dask workers.
@@ -1809,13 +1901,11 @@ ENGINES = [pytest.param(MPI, marks=needs_mpi), pytest.param(DASK, marks=needs_da
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run, tmp_path, engine):
-    options = [part for i, part in enumerate(SHORT) if "--workers" not in SHORT[max(0, i - 1) : i + 1]]
+    options = " ".join(SHORT).replace("--workers 1", "").split()
     child = start_command(*engine, "--data", slice_of_mnist, *options, "--save", tmp_path / "w.npz")
     out, errors = child.communicate(timeout=120)
     assert child.returncode == 0 and out.splitlines()[-1].startswith("result: ") and "2 workers" in out, errors
-    weights = saved(tmp_path / "w.npz")
-    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
-        assert_same_bits(weights[key], short_run[key])
+    assert_same_weights(tmp_path / "w.npz", short_run)
 
 
 def family(pid):
@@ -1826,8 +1916,17 @@ def family(pid):
             yield from family(int(child))
 
 
+def is_running(pid):
+    """It may have ended and wait for its parent to look."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def killed(small, tmp_path, engine, worker):
     """Runs to the end alone, and on an engine one of whose workers is killed on the way: status, output, errors."""
+    small = [*small, "--epochs", 6]
     run(*small, "--save", tmp_path / "whole.npz")
     child = start_command(*engine, *small, "--save", tmp_path / "w.npz")
     for _ in range(6):
@@ -1880,30 +1979,41 @@ def test_a_dask_that_is_there_already(small, tmp_path):
     assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
 
 
-def test_the_threads_of_a_dask_worker_take_turns(slice_of_mnist):
-    """They share the job, which the first of them makes: tasks of several runs, all at once."""
+def test_the_threads_of_a_worker_elsewhere_do_not_meet(slice_of_mnist):
+    """Tasks of several runs, all at once, in one process; each reads its images once."""
     import train
 
-    options = ["--data", str(slice_of_mnist), "--hidden", "24", "16", "--batch", "512"]
     tasks = []
-    for seed, part in itertools.product(range(2), range(4)):
-        args = train.parse_args([*options, "--seed", str(seed)])
-        weights = RNG(seed).normal(0, 0.1, 784 * 24 + 24 + 24 * 16 + 16 + 16 * 10 + 10).astype(np.float32)
-        tasks.append((args, weights, 7, np.arange(512), part, 4))
-    expected = [train.gradient_there(*task).copy() for task in tasks]
-    train.job = None
+    for seed, rank in itertools.product(range(2), range(4)):
+        options = f"--data {slice_of_mnist} --hidden 24 16 --batch 512 --seed {seed}"
+        run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
+        weights = RNG(seed).normal(0, 0.1, run.weights.size).astype(np.float32)
+        job = str(seed), slice_of_mnist, run.settings, run.net, train.es, weights
+        tasks.append((*job, train.measure, 7, np.arange(512), rank, 4))
+    expected = [train.there(*task) for task in tasks]
+    assert train.sets_there.cache_info().misses == 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(train.gradient_there, *zip(*tasks)))
-    for a, b in zip(found, expected):
-        assert b.any()
-        assert_same_bits(a, b)
+        found = list(pool.map(train.there, *zip(*tasks)))
+    for a, b in zip(found, expected, strict=True):
+        assert [task[0] for task in a] == [task[0] for task in b] and len(a) == 2
+        for x, y in zip(a, b):
+            for columns, others in zip(x[1] + x[2], y[1] + y[2], strict=True):
+                assert_same_bits(columns, others)
+
+
+def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):
+    import train
+
+    run, *_ = train.begin(train.parse_args(["--data", str(slice_of_mnist)]), train.es, None)
+    with pytest.raises(ValueError, match=f"--data: expected the run's, checksum {run.settings.data}, found .* on "):
+        train.there("a", small[1], run.settings, run.net, train.es, run.weights, train.measure, 0, np.arange(512), 0, 1)
 
 
 @pytest.mark.parametrize(
     ("missing", "options", "says"),
     [
-        ("mpi4py", "--engine mpi", "--engine mpi: expected the package mpi4py and an MPI: pip install mpi4py mpich"),
-        ("distributed", "--engine dask", "--engine dask: expected the package distributed: pip install distributed"),
+        ("mpi4py", "--engine mpi", "--engine mpi: expected packages that work: pip install mpi4py mpich"),
+        ("distributed", "--engine dask", "--engine dask: expected packages that work: pip install distributed"),
         (None, "--scheduler tcp://127.0.0.1:9", "argument --scheduler: expected --engine dask beside it"),
         pytest.param(
             None,
@@ -1951,13 +2061,15 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path):
     for options, says in (
         (["--lr", 0.5], "--lr: expected 0.001 as in"),
         (["--weight-decay", 0], "--weight-decay: expected 1.0 as in"),
-        (["--hidden", 24], "--hidden: expected [24, 24] as in"),
+        (["--hidden", 24], "--hidden: expected (24, 24) as in"),
+        (["--epochs", 2], "--epochs: expected 1.0 as in"),
         (["--flush", "off"], "--flush: expected on as in"),
         (["--data", data.MNIST], "--data: expected "),
     ):
         done = run("--data", small[1], "--resume", path, *options, check=False)
         assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {says}"), done.stderr
         assert done.stderr.count("\n") == 1
+        assert done.stderr.endswith("all epochs together set the learning rate\n") == (options[0] == "--epochs")
     assert "result: " in run("--data", small[1], "--resume", path, "--workers", 1, "--flush", "emulated").stdout
 
 
@@ -1969,24 +2081,29 @@ def test_resume_takes_over_that_nothing_flushes(small, tmp_path):
     assert_same_run(path, whole)
 
 
-def run_limited(name, limit, *arguments):
-    resource = pytest.importorskip("resource", reason="POSIX limits")
-    return subprocess.run(
-        [sys.executable, "train.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(getattr(resource, name), (limit, limit)),
-    )
-
-
 def test_a_full_disk_loses_nothing(small, tmp_path):
     """No file may grow beyond 16 KB: the first save ends the run, the older file stays, and nothing else is left."""
-    path = tmp_path / "w.npz"
+    pytest.importorskip("resource", reason="POSIX limits")
+    path, program = tmp_path / "w.npz", tmp_path / "mine.py"
+    program.write_text(
+        """
+import resource, sys, train
+
+def limited(*args, begin=train.begin):  # after the memory for the weights, which is a file to some systems
+    begun = begin(*args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+    return begun
+
+train.begin = limited
+train.main(sys.argv[1:])
+"""
+    )
     run(*small, "--epochs", 1, "--save", path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
     assert len(before[0]) > 16384
-    done = run_limited("RLIMIT_FSIZE", 16384, *small, "--save", path)
+    command = [sys.executable, program, *small, "--workers", 1, "--save", path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
     assert len(done.stdout.splitlines()) == 3  # the first report came before
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
@@ -2008,7 +2125,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     if os.geteuid() == 0:  # whom no mode stops
         folder = "/proc"
     done = run("--save", f"{folder}/w.npz", check=False)
-    expected = f"train.py: error: argument --save: expected a file in a folder to write to, found {folder}/w.npz\n"
+    expected = f"train.py: error: {folder}/w.npz: expected a file in a folder to write to, found none\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, expected, "")
 
 
@@ -2017,7 +2134,8 @@ def test_the_live_line_never_garbles_the_reports(small):
     """On a terminal: with the live line taken out, what is left is what a pipe shows."""
     pty = pytest.importorskip("pty", reason="POSIX terminals")
     ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, "train.py", *map(str, small)], cwd=ROOT, stdout=theirs)
+    small = [str(part) for part in [*small, "--epochs", 30, "--reports", 2]]
+    child = subprocess.Popen([sys.executable, "train.py", *small], cwd=ROOT, stdout=theirs)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal
@@ -2026,9 +2144,9 @@ def test_the_live_line_never_garbles_the_reports(small):
     assert child.wait() == 0
     os.close(ours)
     text = shown.decode().replace("\r\n", "\n")
-    live = re.findall("\r(step [^\r\n]*)\x1b\\[K", text)
+    live = re.findall("\r\x1b\\[K(step [^\r\n]*)", text)
     assert live and re.fullmatch(r"step \d+, epoch [\d.]+, loss [\d.]+, \d+ images/s, +\d+ s left", live[0])
-    rows = re.sub("\r[^\r\n]*\x1b\\[K", "", text).splitlines()
+    rows = re.sub("\r\x1b\\[K(step [^\r\n]*)?", "", text).splitlines()
     piped = run(*small).stdout.splitlines()
     assert "\r" not in "".join(piped)
     timeless = [[re.sub(r" +\d+\.\d |seconds \d+$| +(\d+ s|\?)$", "", row) for row in lines] for lines in (rows, piped)]
@@ -2070,6 +2188,14 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
         ({"b3": np.full(10, np.nan, np.float32)}, "expected finite weights, found others in layer 3"),
         ({"W1": np.array([{}], object)}, "expected weights as --save writes them, found a damaged or other file"),
         ({"moments": np.zeros(3, np.float32)}, "expected finite float32 moments (2, "),
+        (
+            {"moments": np.full((2, 1354), np.nan, np.float32)},
+            "expected finite float32 moments (2, 1354), found others",
+        ),
+        (
+            {"settings": '{"hidden": [24, 24], "jitter": 0}'},
+            "expected a run of this version of train.py, found another's",
+        ),
         ({"settings": "{"}, "expected a run saved by --save, found weights alone"),
         (b"PK\3\4 and no more", "expected weights as --save writes them, found a damaged or other file"),
         (b"", "expected weights as --save writes them, found a damaged or other file"),
@@ -2130,7 +2256,10 @@ def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
 
 
 def test_too_little_memory(small):
-    done = run_limited("RLIMIT_AS", 4 << 30, *small, "--hidden", 10**6, 10**6)
+    resource = pytest.importorskip("resource", reason="POSIX limits")
+    command = [sys.executable, "train.py", *map(str, [*small, "--hidden", 10**6, 10**6])]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     says = "expected more memory: try smaller --hidden layers or --batch, or fewer --workers"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {says}\n")
 

@@ -29,13 +29,14 @@ import os
 import pathlib
 import sys
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a process
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from train import provenance  # noqa: E402, I001 (first: it keeps BLAS at one thread)
+import controls
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import data  # noqa: E402
-import fpnl  # noqa: E402
+import data
+import fpnl
+import train
 
 IMAGES = 40  # to train on, and as many to test on
 RATE = 0.5  # eta times the largest eigenvalue of Theta, if t were linear and the width infinite; above 2 it diverges
@@ -67,21 +68,19 @@ def init(rng, sizes):
     return [rng.standard_normal(shape, dtype=np.float32) for shape in itertools.pairwise(sizes)]
 
 
+def scaled(function):
+    """Of sums z [..., width], divided by sqrt(width): what the next layer's inputs are."""
+    return lambda z: function(z) / np.float32(np.sqrt(z.shape[-1]))
+
+
 def forward(weights, x, transfer):
     """Inputs a [points, fan_in] and sums z [points, width] of every layer; the last sums are the outputs."""
-    inputs, sums = [x], []
-    for V in weights:
-        sums.append(inputs[-1] @ V)
-        inputs.append(transfer(sums[-1]) / np.float32(np.sqrt(V.shape[1])))
-    return inputs[:-1], sums
+    return controls.forward([(V, 0) for V in weights], x, scaled(transfer))
 
 
 def backward(weights, sums, slope, delta):
     """From dL/df, [..., points, outputs], the derivatives by every layer's sums, [..., points, width]."""
-    deltas = [delta]
-    for V, z in zip(weights[:0:-1], sums[-2::-1]):
-        deltas.insert(0, deltas[0] @ V.T * (SLOPES[slope](z) / np.float32(np.sqrt(len(V)))))
-    return deltas
+    return controls.backward([(V, 0) for V in weights], [scaled(SLOPES[slope])(z) for z in sums[:-1]], delta)
 
 
 def tangent_kernel(weights, x, transfer, descent, response):
@@ -103,22 +102,37 @@ def cross_entropy(f, y):
 LOSSES = {"squared": np.subtract, "cross-entropy": cross_entropy}  # dL/df; squared: of |f - y|^2 / 2, a sum as well
 
 
-def train(weights, kernel, x, y, transfer, slope, loss, eta, beta):
-    """Full-batch descent of a network, in place, and of f_lin: as its weights are theta_0 + J_descent^T c, its outputs
-    are f_0 + Theta c. The rate with momentum beta is eta (1 - beta). -> f, f_lin [reports, points, outputs]."""
+def descend(weights, kernel, x, y, transfer, slope, loss, eta, beta):
+    """Full-batch descent of a network from these weights, by the loop of train.py, and of f_lin: as its weights are
+    theta_0 + J_descent^T c, its outputs are f_0 + Theta c. The rate with momentum beta is eta (1 - beta).
+    -> f, f_lin [reports, points, outputs]."""
+
+    def method(settings, net, params, x, y, signs):
+        inputs, sums = forward([V for V, _ in params], x, transfer)
+        deltas = backward([V for V, _ in params], sums, slope, loss(sums[-1], y).astype(np.float32))
+        return controls.in_columns(inputs, deltas, 0)
+
+    def update(p, g, m, v, step, lr, weight_decay):
+        m *= np.float32(beta)
+        m -= np.float32(rate * n) * g  # g is a mean over images, the loss a sum
+        p += m
+
     n, rate, found = len(y), eta * (1 - beta), []
-    c, c_step, steps = np.zeros(y.shape), np.zeros(y.shape), [np.zeros_like(V) for V in weights]
-    f0 = forward(weights, x, transfer)[1][-1]
+    sizes = [len(V) for V in weights] + [y.shape[1]]
+    settings = train.Settings(
+        0, sizes[0], sizes[-1], slope, "on", hidden=tuple(sizes[1:-1]), batch=n, epochs=REPORTS[-1]
+    )
+    run = train.fresh(settings, (x[:n], y), None, method, update)
+    for (V, _), start in zip(run.params, weights):
+        V[...] = start
+    c, c_step, f0 = np.zeros(y.shape), np.zeros(y.shape), forward(weights, x, transfer)[1][-1]
     for step in range(REPORTS[-1] + 1):
-        inputs, sums = forward(weights, x if step in REPORTS else x[:n], transfer)
+        if step in REPORTS:
+            f = forward([V for V, _ in run.params], x, transfer)[1][-1]
         linear = f0 + (kernel[:, : y.size] @ c.ravel()).reshape(f0.shape)
         if step in REPORTS:
-            found.append((sums[-1], linear))
-        deltas = backward(weights, [z[:n] for z in sums], slope, -rate * loss(sums[-1][:n], y))
-        for V, V_step, a, delta in zip(weights, steps, inputs, deltas):
-            V_step *= beta
-            V_step += a[:n].T @ delta
-            V += V_step
+            found.append((f, linear))
+        train.steps(run, step, step + 1)
         c_step = beta * c_step - rate * loss(linear[:n], y)
         c += c_step
     return np.array(found).swapaxes(0, 1)
@@ -174,7 +188,7 @@ def study(classes, network, hidden, width, seed):
     start = init(np.random.default_rng((seed, width)), (x.shape[1], *hidden * [width], y.shape[1]))
     kernel, rows = tangent_kernel(start, x, transfer, descent, response), []
     for (loss, by_f), (optimizer, beta) in itertools.product(LOSSES.items(), MOMENTUM.items()):
-        f, linear = train([V.copy() for V in start], kernel, x, y, transfer, descent, by_f, eta, beta)
+        f, linear = descend(start, kernel, x, y, transfer, descent, by_f, eta, beta)
         setting = f"{classes:2} classes {loss} {optimizer}: {network}", width, seed
         rows.append(("RMSE", *setting, rms((f - linear)[:, IMAGES:], (1, 2)).max()))
         if (loss, optimizer) == ("squared", "SGD"):
@@ -195,7 +209,7 @@ def ensemble(network, hidden, width, members):
     trained, rows = [], []
     for seed in range(members):
         weights = init(np.random.default_rng((1000 + seed, width)), (x.shape[1], *hidden * [width], 1))
-        trained.append(train(weights, 0 * theta, x, y, transfer, descent, np.subtract, eta, 0)[0, -1, IMAGES:, 0])
+        trained.append(descend(weights, 0 * theta, x, y, transfer, descent, np.subtract, eta, 0)[0, -1, IMAGES:, 0])
     drawn = np.random.default_rng(1).multivariate_normal(mean, covariance, (20, members))
     for at, f in ((width, np.array(trained)), *((np.inf, f) for f in drawn)):
         errors = {"mean": f.mean(axis=0) - mean, "covariance": np.cov(f.T) - covariance}
@@ -245,7 +259,11 @@ def main():
     except (OSError, ValueError) as error:
         parser.error(str(error))
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
-        print(f"# python {' '.join(sys.argv)}; {provenance()}\nmeasure,setting,width,seed,value", file=log, flush=True)
+        print(
+            f"# python {' '.join(sys.argv)}; {train.provenance()}\nmeasure,setting,width,seed,value",
+            file=log,
+            flush=True,
+        )
         rows = [row for future in [pool.submit(*task) for task in tasks] for row in future.result()]
         print(*(",".join(map(str, row[:-1])) + f",{row[-1]:.6g}" for row in rows), sep="\n", file=log)
     print_table(rows, widths)
