@@ -7,16 +7,18 @@ arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
 step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices, the share of
       each of its parts, and against the emulated flush, the control variate, backprop and the plain statement.
 noise: of the estimate, by the size of the blocks and the progress of the training.
-scaling: with the batch, the width and the workers.
+scaling: with the batch, the width and the workers, 1 and 2 of them; and what the parts of a step say of up to 64.
 memory: of all processes of `python train.py`, by their proportional shares (Linux).
-engines: seconds a step, by engine, workers and batch; a model fitted to them, and what it says of more machines.
+engines: seconds a step, by engine, workers and batch, and the bytes that travel.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -24,16 +26,18 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import train  # noqa: E402, I001 (first: it keeps BLAS at one thread)
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a process
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "examples"))
+import controls
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import data  # noqa: E402
-import fpnl  # noqa: E402
+import data
+import fpnl
+import train
 
 ROUNDS = 15
 
@@ -97,24 +101,21 @@ def block_sizes(sizes, block):
 
 
 def job(options="", steps=20):
-    """The main job in this process, for one worker, some steps after its start: all that `join` takes."""
-    of_job, _ = train.prepare(train.parse_args(["--workers", "1", *options.split()]))
-    train.join(*of_job)
-    train.begin()
-    for i in range(steps):
-        one_step(i)
-    return of_job
+    """The main job in this process, for one worker, some steps after its start."""
+    run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
+    train.steps(run, 0, steps)
+    return run
 
 
-def one_step(number=20, run=map):
-    batch = np.random.default_rng(number).integers(0, len(train.job.sets[0]), train.job.args.batch)
-    train.descend(run, number, batch, train.job.args.lr)
+def one_step(run):
+    train.steps(run, 20, 21)
 
 
 def step(options=""):
-    args, _, sizes, _ = job(options)
+    run = job(options)
+    s = run.settings
     A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
-    work = multiplications(sizes, args.block, args.control_variate) * args.batch
+    work = multiplications(s.sizes, s.block, s.control_variate) * s.batch
     product = 2 * 512**3
     count = max(1, round(work / 20 / product))  # products that take some milliseconds
 
@@ -122,32 +123,27 @@ def step(options=""):
         for _ in range(count):
             A @ A
 
-    steps, references = in_turn(one_step, products)
-    each, speed = statistics.median(steps) / args.batch, count * product / statistics.median(references)
+    steps, references = in_turn(functools.partial(one_step, run), products)
+    each, speed = statistics.median(steps) / s.batch, count * product / statistics.median(references)
     print(f"np.matmul, 512 x 512: {speed / 1e9:.0f} GFLOP/s")
-    print(f"a step of {args.batch} examples, block {args.block}: {1e3 * args.batch * each:.0f} ms")
-    print(f"an example: {1e6 * each:.0f} us, {members(sizes, args.block)} mutated networks, ", end="")
-    print(f"{work / args.batch / 1e6:.2f} MFLOP of multiplications")
-    print(f"mutated networks a second: {members(sizes, args.block) / each:,.0f}")
+    print(f"a step of {s.batch} examples, block {s.block}: {1e3 * s.batch * each:.0f} ms")
+    print(f"an example: {1e6 * each:.0f} us, {members(s.sizes, s.block)} mutated networks, ", end="")
+    print(f"{work / s.batch / 1e6:.2f} MFLOP of multiplications")
+    print(f"mutated networks a second: {members(s.sizes, s.block) / each:,.0f}")
     print(f"the step / its own multiplications: {ratio(steps, references) * count * product / work:.2f}")
     print("\nshare of each part of the step, in percent")
-    for part, share in shares(one_step).most_common():
+    for part, share in shares(run).most_common():
         print(f"  {part:44} {100 * share:5.1f}")
 
-    params = [(W.copy(), b.copy()) for W, b in train.as_params(train.job.weights, sizes)]
-    x, y = data.pixels(train.job.sets[0][:128]), train.job.sets[1][:128]
-    gradient = functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), args.sigma, args.block)
+    params = [(W.copy(), b.copy()) for W, b in run.params]
+    x, y = data.pixels(run.sets[0][:128]), run.sets[1][:128]
+    gradient = functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), s.sigma, s.block)
     by_ftz = [functools.partial(gradient, ftz=ftz) for ftz in (True, "hardware", False)]
     emulated, hardware, off, varied = in_turn(*by_ftz, functools.partial(by_ftz[1], control_variate=True))
-    plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), args.sigma)
+    plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), s.sigma)
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
-
-    def backprop():
-        train.job.args = types.SimpleNamespace(**vars(args) | {"method": "backprop"})
-        one_step()
-        train.job.args = args
-
-    es, reverse = in_turn(one_step, backprop)
+    other = dataclasses.replace(run, method=controls.backprop)
+    es, reverse = in_turn(functools.partial(one_step, run), functools.partial(one_step, other))
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
@@ -156,14 +152,12 @@ def step(options=""):
     print(f"  ES step / backprop step                      {ratio(es, reverse):8.2f}")
 
 
-def shares(function):
-    """Share of the time of `function` that each part takes itself, without the parts that it calls."""
+def shares(run):
+    """Share of the time of a step that each part takes itself, without the parts that it calls."""
     parts = [
-        (train, "gradient", "gradients into shared memory"),
-        (train, "update", "sum of the gradients"),
+        (train, "steps", "gradient products, order of the images"),
         (data, "pixels", "pixels to float32"),
-        (fpnl, "adamw", "AdamW"),
-        (fpnl, "es_gradient", "gradient products"),
+        (run, "update", "AdamW"),
         (fpnl, "mutation_signs", "random signs"),
         (fpnl, "_task_slopes", "forward, mutations, slopes"),
         (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
@@ -186,31 +180,29 @@ def shares(function):
         for module, name, part in parts:
             stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part)))
         for _ in range(5):
-            function()
+            one_step(run)
     return collections.Counter({part: time / spent.total() for part, time in spent.items()})
 
 
 def noise(options="", steps=(0, 30, 120, 480), batches=12):
     """Standard deviation of the gradient over the mutations, in units of that over the batches."""
-    args, _, sizes, _ = job(options, steps=0)
-    images, labels = train.job.sets[:2]
-    params = train.as_params(train.job.weights, sizes)
+    run = job(options, steps=0)
+    s, (images, labels, *_), params = run.settings, run.sets, run.params
     print("steps of training, layer, then the noise with blocks of 1, 2, 4, 8, 16")
     for done, target in itertools.pairwise((0, *steps)):
-        for number in range(done, target):
-            one_step(number)
+        train.steps(run, done, target)
         ratios = []
         for block in (1, 2, 4, 8, 16):
             drawn = []  # [batches][2 draws of mutations][layers]
             for i in range(batches):
-                rows = slice(i * args.batch, (i + 1) * args.batch)
+                rows = slice(i * s.batch, (i + 1) * s.batch)
                 x, y = data.pixels(images[rows]), labels[rows]
                 rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
-                options = {"control_variate": args.control_variate, "ftz": train.ftz()}
-                draws = [fpnl.es_gradient(params, x, y, rng, args.sigma, block, **options) for rng in rngs]
+                options = {"control_variate": s.control_variate, "ftz": run.net["ftz"]}
+                draws = [fpnl.es_gradient(params, x, y, rng, s.sigma, block, **options) for rng in rngs]
                 drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
             for_layers = []
-            for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(sizes) - 2)):
+            for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 2)):
                 by_mutation = sum(np.sum((u - v) ** 2) for u, v in zip(a, b)) / 2 / batches
                 mean = sum(a) / batches
                 of_both = sum(np.sum((u - mean) ** 2) for u in a) / (batches - 1)
@@ -221,24 +213,19 @@ def noise(options="", steps=(0, 30, 120, 480), batches=12):
 
 
 def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):
-    of_job = job(f"--workers 2 {options}")
-    with train.workers(*of_job) as run:
-
-        def steps(run, workers):
-            train.job.args.workers = workers
-            for _ in range(4):
-                one_step(run=run)
-
-        two, one = in_turn(functools.partial(steps, run, 2), functools.partial(steps, map, 1))
+    run = job(options)
+    args = train.parse_args(["--engine", "processes", "--workers", "2", *options.split()])
+    with train.here(args, run) as (_, descend, _):
+        two, one = in_turn(lambda: descend(20, 24, tick=time.time), lambda: train.steps(run, 20, 24))
     print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
-    images, labels = data.pixels(train.job.sets[0][: max(batches)]), train.job.sets[1][: max(batches)]
+    images, labels = data.pixels(run.sets[0][: max(batches)]), run.sets[1][: max(batches)]
 
     def gradients(n, width):
         """Of always the same examples, in batches of n, so that all cases find the caches alike."""
         params, rng = fpnl.init(np.random.default_rng(0), (784, width, width, 10)), np.random.default_rng(0)
         for start in range(0, len(images), n):
             x, y = images[start : start + n], labels[start : start + n]
-            fpnl.es_gradient(params, x, y, rng, block=of_job[0].block, ftz=train.ftz())
+            fpnl.es_gradient(params, x, y, rng, block=run.settings.block, ftz=run.net["ftz"])
 
     for what, values, cases in (
         ("batch", batches, [functools.partial(gradients, n, 512) for n in batches]),
@@ -248,6 +235,57 @@ def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 102
         each = [ratio(case, times[1]) for case in times]
         print(f"time an example, {what} {', '.join(map(str, values))}: {', '.join(f'{r:.2f}' for r in each)}", end="")
         print(f"; exponent of the last doubling {math.log2(each[-1] / each[-2]):.2f}")
+    workers = (1, 2, 3, 4, 8, 16, 32, 64)
+    print("\nwhat the parts of a step, measured on one core, make of it on N cores that do not hinder one another: its")
+    print("milliseconds, and how many times the speed of 1; all of this memory is shared, so no bytes travel")
+    print("batch task  serial  a task   bands   a wait" + "".join(f"{f'N = {n}':>15}" for n in workers))
+    for batch, task in ((512, 128), (512, 64), (512, 32), (1024, 64)):
+        with mock.patch.object(train, "TASK", task):
+            model(job(f"{options} --batch {batch}", steps=5), workers)
+
+
+def model(run, workers):
+    """A row: every worker draws order and signs, has ceil(tasks / N) tasks and its bands, and waits twice. A wait is
+    measured with two processes and taken to cost in proportion to their number, as each is woken in turn."""
+    s = run.settings
+    images = train.order(s.seed, 0, len(run.sets[0]))[: s.batch]
+
+    drawn, tasks, bands = [], [], []
+    for _ in range(ROUNDS):
+        rng = np.random.default_rng(0)
+        drawn.append(seconds(lambda rng=rng: fpnl.mutation_signs(rng, run.params, s.batch)))
+        tasks.append(seconds(lambda: list(train.measure(run, 0, images, 0, 1))))
+        bands.append([])
+        for l, band in train.bands(s.sizes):
+            began = time.perf_counter()
+            gradient = run.inputs[l][band] @ run.slopes[l].T / np.float32(s.batch)
+            weights, *moments = (train.as_layers(flat, s.sizes)[l][band] for flat in (run.weights, *run.moments))
+            fpnl.adamw(weights, gradient, *moments, 1000, 0.0)
+            bands[-1].append(time.perf_counter() - began)
+    count = math.ceil(s.batch / train.TASK)
+    serial, bands = statistics.median(drawn), [statistics.median(column) for column in zip(*bands)]
+    task, wait = (statistics.median(tasks) - serial) / count, waiting()
+    shares = {n: max(sum(bands[rank::n]) for rank in range(n)) for n in workers}
+    steps = {n: serial + math.ceil(count / n) * task + shares[n] + (n > 1) * wait * n for n in workers}
+    parts = "".join(f"{1e3 * part:8.2f}" for part in (serial, task, sum(bands))) + f"{1e3 * wait:9.3f}"
+    cells = "".join(f"{f'{1e3 * steps[n]:.1f} {steps[1] / steps[n]:5.1f}x':>15}" for n in workers)
+    print(f"{s.batch:5} {train.TASK:4}{parts}{cells}")
+
+
+def waiting(rounds=1000):
+    """Seconds that a barrier takes of two processes."""
+    barrier = multiprocessing.Barrier(2)
+    other = multiprocessing.Process(target=wait_at, args=(barrier, rounds))
+    other.start()
+    wait_at(barrier, rounds // 2)
+    found = seconds(functools.partial(wait_at, barrier, rounds // 2))
+    other.join()
+    return found / (rounds // 2)
+
+
+def wait_at(barrier, rounds):
+    for _ in range(rounds):
+        barrier.wait()
 
 
 def memory(options="--epochs 0.2"):
@@ -262,94 +300,35 @@ def memory(options="--epochs 0.2"):
 
 
 def engines(options="", batches=(128, 256, 512, 1024)):
-    """Each case in processes of its own, started as the README says; `predict` explains the model."""
-    args, _, sizes, _ = job(options)
-    split = shares(one_step)
-    again = split["forward, mutations, slopes"] + split["gradient products"]  # what does not need the members' losses
-    folder = str(train.RUNS.parents[1])
+    """Each case in processes of its own, started as the README says."""
     mpiexec = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     # The workers import train. MPICH takes the network's way on one machine too, as between machines.
-    environment = os.environ | {"PYTHONPATH": folder, "MPIR_CVAR_NOLOCAL": "1"}
-    print(f"engine     workers   ms a step with batches of {', '.join(map(str, batches))}: measured; fitted")
-    costs = {}
-    for engine in ("processes", "mpi", "dask"):
-        cases, terms, measured = [*itertools.product((1, 2), batches)], [], []
-        for workers, batch in cases:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPIR_CVAR_NOLOCAL": "1"}
+    print(f"engine     workers   ms a step with batches of {', '.join(map(str, batches))}")
+    for engine, workers in itertools.product(("processes", "mpi", "dask"), (1, 2)):
+        times = []
+        for batch in batches:
             start = [sys.executable, __file__]
             if engine == "mpi":
                 start = [mpiexec, "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", __file__]
             case = f"--engine {engine} --workers {workers} --batch {batch} {options}"
             done = subprocess.run([*start, "engine_step", case], env=environment, check=True, stdout=-1, text=True)
-            slices = math.ceil(batch / train.SLICE)
-            terms.append((math.ceil(slices / workers), workers, slices, 1))
-            measured.append(float(done.stdout))
-        costs[engine] = fit(terms, measured)
-        for workers in (1, 2):
-            rows = [i for i, case in enumerate(cases) if case[0] == workers]
-            times = ["".join(f"{1e3 * row[i]:7.1f}" for i in rows) for row in (measured, terms @ costs[engine])]
-            print(f"{engine:10} {workers:7}{times[0]}  ;{times[1]}")
-        print("{:>18}c {:.1f} d {:.1f} r {:.1f} u {:.1f} ms".format("", *1e3 * costs[engine]))
-    predict(costs["mpi"], again, sum((i + 1) * o for i, o in itertools.pairwise(sizes)), members(sizes, args.block))
-
-
-def fit(terms, measured):
-    """Costs with the least relative errors; one that comes out below 0 is noise, and the others are fitted without."""
-    relative, kept = np.array(terms) / np.array(measured)[:, None], np.ones(len(terms[0]), bool)
-    while True:
-        costs = np.zeros(len(kept))
-        costs[kept], *_ = np.linalg.lstsq(relative[:, kept], np.ones(len(measured)), rcond=None)
-        if costs.min() >= 0:
-            return costs
-        kept[costs.argmin()] = False
+            times.append(f"{1e3 * float(done.stdout):8.1f}")
+        print(f"{engine:10} {workers:7}{''.join(times)}")
+    run = job(options, steps=0)
+    sizes = run.settings.sizes
+    there, back = 4 * run.weights.size, 4 * (sum(i + 1 for i in sizes[:-1]) + sum(sizes[1:]))
+    print(f"between mpi or dask and its workers: {there:,} bytes to each a step, {back:,} back for each image")
 
 
 def engine_step(options):
-    """Prints the median of the seconds of a step of the main job, its weights those of the start."""
-    with train.workers(*job(options, steps=0)) as run:
-        times = [seconds(functools.partial(one_step, number, run)) for number in range(3 + ROUNDS)]
+    """Prints the median of the seconds of a step of the main job."""
+    args = train.parse_args(options.split())
+    run, *_ = train.begin(args, train.es, None)
+    crew = train.elsewhere if args.engine in train.REMOTE else train.here
+    with crew(args, run) as (_, descend, _):
+        times = [seconds(lambda k=k: descend(k, k + 1, tick=time.time)) for k in range(3 + ROUNDS)]
     print(statistics.median(times[3:]))
-
-
-def predict(costs, again, weights, networks, latency=50e-6):
-    """From which batch on N workers pay: do at least half of N times the images a second that one does alone.
-
-    A step of s slices takes ceil(s/N) c + exchange + u seconds: c to compute a slice, u once a step. The exchange,
-    w being the time of 4 bytes a weight on a link, of which every machine has one, to a switch:
-
-        as it is       N (d + w) + s (r + w): d to send the weights to a worker, r to receive and add a slice's
-                       gradient, as measured within this machine, which is processor time on any
-        sums           N (d + w) + N (r + w): a worker adds the gradients of its slices
-        all-reduce     d + r + 2 (N-1) (latency + w/N), in a ring, or 2 log2(N) (latency + w), in a tree, whichever
-                       is less; the weights never travel
-        shared seeds   N latency + the time of a loss difference for every pair of members on a link; but then every
-                       worker makes the whole gradient of them, `again` being that share of c
-    """
-    c, d, r, u = costs
-
-    def exchanges(s, n, link):
-        w = 4 * weights / link
-        return {
-            "as it is": n * (d + w) + s * (r + w),
-            "sums": n * (d + w) + n * (r + w),
-            "all-reduce": d + r + 2 * min((n - 1) * (latency + w / n), math.log2(n) * (latency + w)),
-            "shared seeds": n * latency
-            + 4 * s * train.SLICE * networks / 2 / link
-            + (s - math.ceil(s / n)) * c * again,
-        }
-
-    print("\nthe batch from which they pay, with the costs of mpi (in brackets: none, and the largest gain)")
-    print("     link  workers" + "".join(f"{scheme:>18}" for scheme in exchanges(1, 1, 1)))
-    for gigabits, n in itertools.product((1, 10, 100), (10, 100, 1000)):
-        gains = collections.defaultdict(dict)
-        for s in (n * 2**k for k in range(20)):
-            for scheme, exchange in exchanges(s, n, gigabits * 1e9 / 8).items():
-                gains[scheme][s] = (s * c + u) / (math.ceil(s / n) * c + exchange + u)
-        pays = [[s for s, gain in gain_of.items() if gain >= n / 2] for gain_of in gains.values()]
-        cells = [
-            f"{train.SLICE * s[0]:,}" if s else f"({max(gain_of.values()):.1f} times)"
-            for s, gain_of in zip(pays, gains.values())
-        ]
-        print(f"{gigabits:4} Gb/s {n:8}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def family(pid):

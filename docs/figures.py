@@ -1,4 +1,4 @@
-"""The figures, drawn from the logs of `python train.py --compare` and of the examples.
+"""The figures, drawn from the logs of the examples: docs/runs, that of `python examples/controls.py docs/runs` first.
 
 python docs/figures.py        needs matplotlib: pip install '.[docs]'
 """
@@ -11,11 +11,13 @@ import numpy as np
 
 DOCS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-import fpnl  # noqa: E402
-from examples.linearized import power  # noqa: E402
+sys.path.insert(1, str(DOCS.parent / "examples"))
+from linearized import power
+
+import fpnl
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, which a colour-blind reader can tell apart; line styles differ too.
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
@@ -155,7 +157,8 @@ def linearized(figure):
 
 
 def read(path, **options):
-    return np.genfromtxt(path, delimiter=",", names=True, skip_header=1, **options)
+    comments = sum(line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines())
+    return np.genfromtxt(path, delimiter=",", names=True, skip_header=comments, **options)
 
 
 def main():
@@ -168,7 +171,7 @@ def main():
         draw(figure)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
     if not (DOCS / "runs" / "es-0.npz").exists():
-        print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python train.py --compare")
+        print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python examples/controls.py docs/runs")
         return
     figure = plt.figure(figsize=(7.2, 2.5), layout="constrained")
     first_layer(figure)

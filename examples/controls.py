@@ -138,7 +138,7 @@ def compare(folder, rows, seeds, options):
     """Run everything, a seed after the other; print a table of train and test accuracy in percent."""
     held_out = "validation" if train.parse_args(options).validation else "test"
     tasks = {(seed, row): arguments(folder, row, seed, options) for seed in range(seeds) for row in rows}
-    minutes = sum(seconds(args, *ROWS[row][1:3]) for (_, row), args in tasks.items()) / 60
+    minutes = seeds * sum(seconds(tasks[0, row], *ROWS[row][1:3]) for row in rows) / 60
     print(f"{len(tasks)} runs, about {minutes:.1f} minutes; logs and weights go to {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     table, post = {}, {}
@@ -166,10 +166,11 @@ def arguments(folder, row, seed, options):
 def seconds(args, method, transfer, steps=3):
     """That a run will take, its reports left out: from some of its steps."""
     run, *_ = train.begin(args, method, transfer)
-    train.steps(run, 0, 1)
-    began = time.perf_counter()
-    train.steps(run, 1, 1 + steps)
-    return (time.perf_counter() - began) / steps * run.steps / args.workers
+    with train.here(args, run) as (_, descend, _):
+        descend(0, 1, tick=time.perf_counter)
+        began = time.perf_counter()
+        descend(1, 1 + steps, tick=time.perf_counter)
+        return (time.perf_counter() - began) / steps * run.steps
 
 
 def under_other_arithmetic(args, log, held_out):

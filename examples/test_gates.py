@@ -10,36 +10,39 @@ import numpy as np
 import pytest
 
 import fpnl
+import train
 from test_fpnl import RNG, ROOT
 
 MESSAGE_AND_BELIEF = ["identity", "dead zone", "ReLU", "ESP", "sigmoid", "tanh"]
 
 
-def gates_case(unit, sizes=(64, 5, 4, 10), n=40, beta=1.3):
+def gates_case(unit, sizes=(64, 5, 4, 10), n=40):
     """A network of examples/gates.py in float64, as its functions take it, and its loss against a change of weights."""
     x, labels = RNG(5).uniform(0, 1, (n, sizes[0])), RNG(6).integers(0, sizes[-1], n)
-    theta = gates.flattened(fpnl.init(RNG(4), sizes)).astype(np.float64)
-    params = gates.as_params(theta + 0.05 * RNG(7).standard_normal(len(theta)), sizes)  # biases that are not 0
+    theta = train.flattened(fpnl.init(RNG(4), sizes)).astype(np.float64)
+    params = train.as_params(theta + 0.05 * RNG(7).standard_normal(len(theta)), sizes)  # biases that are not 0
 
-    def loss(change, beta=beta):
-        return gates.backprop(unit, gates.as_params(gates.flattened(params) + change, sizes), beta, x, labels)[0]
+    def loss(change):
+        return loss_of(unit, train.as_params(train.flattened(params) + change, sizes), x, labels)
 
     return params, x, labels, loss
+
+
+def loss_of(unit, params, x, labels):
+    outputs = gates.backprop(unit, params, x, labels)[2]
+    return np.mean(np.log(np.exp(outputs).sum(axis=1)) - outputs[np.arange(len(x)), labels])
 
 
 @pytest.mark.parametrize("unit", MESSAGE_AND_BELIEF)
 def test_gradient_and_hessian_are_the_derivatives_of_the_loss(unit):
     params, x, labels, loss = gates_case(unit)
-    _, grads, dbeta, _ = gates.backprop(unit, params, 1.3, x, labels)
-    H = gates.hessian(unit, params, 1.3, x, labels)
+    slope, H = gates.gradient(unit, params, x, labels), gates.hessian(unit, params, x, labels)
     np.testing.assert_allclose(H, H.T, rtol=0, atol=1e-14)
     for u, v in RNG(8).standard_normal((5, 2, len(H))) / 100:
-        assert (loss(1e-4 * u) - loss(-1e-4 * u)) / 2e-4 == pytest.approx(gates.flattened(grads) @ u, rel=1e-5)
+        assert (loss(1e-4 * u) - loss(-1e-4 * u)) / 2e-4 == pytest.approx(slope @ u, rel=1e-5)
         a, b = 1e-3 * u, 1e-3 * v
         double = loss(a + b) - loss(a - b) - loss(b - a) + loss(-a - b)
         assert double / 4e-6 == pytest.approx(u @ H @ v, rel=1e-4, abs=1e-8)
-    assert (loss(0, 1.3 + 1e-5) - loss(0, 1.3 - 1e-5)) / 2e-5 == pytest.approx(dbeta, rel=1e-6, abs=1e-10)
-    assert (dbeta != 0) == (unit == "ESP")
 
 
 @pytest.mark.parametrize("unit", ["dead zone", "ReLU"])
@@ -48,17 +51,17 @@ def test_hessian_holds_the_gates(unit):
     params, x, labels, _ = gates_case(unit)
     (W1, b1), *_ = params
     b1 += (0.5 if unit == "dead zone" else 0) + 1e-6 - (x[0] @ W1 + b1)
-    theta, sizes = gates.flattened(params), (64, 5, 4, 10)
+    theta, sizes = train.flattened(params), (64, 5, 4, 10)
 
     def differences(step):
         rows = []
         for e in step * np.eye(len(theta)):
-            up, down = (gates.as_params(theta + s * e, sizes) for s in (1, -1))
-            up, down = (gates.flattened(gates.backprop(unit, p, 1.3, x, labels)[1]) for p in (up, down))
+            up, down = (train.as_params(theta + s * e, sizes) for s in (1, -1))
+            up, down = (gates.gradient(unit, p, x, labels) for p in (up, down))
             rows.append((up - down) / (2 * step))
         return np.array(rows)
 
-    H, fine, coarse = gates.hessian(unit, params, 1.3, x, labels), differences(1e-7), differences(1e-5)
+    H, fine, coarse = gates.hessian(unit, params, x, labels), differences(1e-7), differences(1e-5)
     np.testing.assert_allclose(H, fine, rtol=0, atol=1e-6 * np.abs(H).max())
     assert np.abs(H - coarse).max() > 10 * np.abs(H).max()
 
@@ -69,23 +72,18 @@ def test_hessian_is_symmetric_where_a_gate_is_undecided():
     for _, b in params:
         b[...] = 0
     x[0] = 0
-    H = gates.hessian("ReLU", params, 1.3, x, labels)
+    H = gates.hessian("ReLU", params, x, labels)
     np.testing.assert_allclose(H, H.T, rtol=0, atol=1e-14)
 
 
-def test_beta_is_a_choice_of_scale():
-    """W1 and the hidden biases times beta, and the last W divided by it, do what beta does."""
-    params, x, labels, loss = gates_case("ESP", beta=3.0)
+def test_beta_is_a_choice_of_scale(monkeypatch):
+    """The paper's beta: W1 and the hidden biases times beta, and the last W divided by it, do what it does."""
+    params, x, labels, loss = gates_case("ESP")
     (W1, b1), (W2, b2), (W3, b3) = params
     same = [(3 * W1, 3 * b1), (W2, 3 * b2), (W3 / 3, b3)]
-    assert gates.backprop("ESP", same, 1.0, x, labels)[0] == pytest.approx(loss(0), rel=1e-12)
-
-
-def test_beta_does_not_decay():
-    """A network without hidden units teaches it nothing."""
-    x, labels = RNG(9).uniform(0, 1, (8, 4)).astype(np.float32), np.arange(8) % 3
-    *_, (params, beta) = gates.train("ESP", "backprop", (4, 3), x, labels, RNG(0), 3, 4, 0.1, 1.0)
-    assert beta == 1 and params[-1][1].any()
+    found = loss_of("ESP", same, x, labels)
+    monkeypatch.setitem(gates.GATES, "ESP", lambda z: gates.belief(3 * z))
+    assert found == pytest.approx(loss(0), rel=1e-12)
 
 
 @pytest.mark.parametrize("unit", MESSAGE_AND_BELIEF)
@@ -93,14 +91,30 @@ def test_backprop_and_es_train_one_network(unit):
     """What backprop differentiates is what fpnl computes; its gradient is what ES estimates of it."""
     params, x, labels, _ = gates_case(unit, n=4)
     params, x = [tuple(a.astype(np.float32) for a in layer) for layer in params], x.astype(np.float32)
-    loss, grads, dbeta, _ = gates.backprop(unit, params, np.float32(1.3), x, labels)
-    transfer = gates.transfer(unit, np.float32(1.3))
-    assert loss == pytest.approx(fpnl.loss(fpnl.forward(params, x, transfer=transfer), labels), rel=1e-6)
-    estimates = [gates.es(unit, params, np.float32(1.3), x, labels, RNG(seed)) for seed in range(200)]
-    mean = np.mean([gates.flattened(estimate) for estimate, _ in estimates], axis=0)
-    cosine = mean @ gates.flattened(grads) / np.linalg.norm(mean) / np.linalg.norm(gates.flattened(grads))
+    transfer, slope = gates.transfer(unit), gates.gradient(unit, params, x, labels)
+    loss = fpnl.loss(fpnl.forward(params, x, transfer=transfer), labels)
+    assert loss_of(unit, params, x, labels) == pytest.approx(loss, rel=1e-5)
+    options = {"control_variate": True, "transfer": transfer}
+    estimates = [train.flattened(fpnl.es_gradient(params, x, labels, RNG(seed), **options)) for seed in range(200)]
+    mean = np.mean(estimates, axis=0)
+    cosine = mean @ slope / np.linalg.norm(mean) / np.linalg.norm(slope)
     assert cosine > (0.8 if unit in ("dead zone", "ReLU") else 0.999)  # ES sees their jumps and kinks
-    assert estimates[0][1] == pytest.approx(dbeta, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ES", "backprop"])
+def test_the_loop_gets_the_gradient(method):
+    """One step of train.py's loop without decay, whose update keeps the gradient."""
+    params, x, labels, _ = gates_case("tanh", n=70)  # two tasks
+    x, kept = x.astype(np.float32), []
+    options = {"seed": 1, "epochs": 1, "batch": 70, "block": 1, "sigma": 0.01}
+    run = gates.start("tanh", method, (5, 4), (x, labels, x, labels), **options)
+    run.weights[...] = train.flattened(params)
+    run.update = lambda p, g, m, v, step, lr, weight_decay: kept.append(g.copy())
+    train.steps(run, 0, 1)
+    expected = gates.gradient("tanh", params, x, labels)
+    np.testing.assert_allclose(
+        np.concatenate([g.ravel() for g in kept]), expected, atol=1e-5 if method == "backprop" else 1e-3
+    )
 
 
 def test_pools_by_area():
@@ -124,9 +138,9 @@ def test_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
     gates.main()
     printed = capsys.readouterr().out.splitlines()
     head, *table = printed
-    assert re.split("  +", head.strip()) == gates.UNITS and len(table) == 14
+    assert re.split("  +", head.strip()) == gates.UNITS and len(table) == 12
     assert all(len(re.findall(r"±| -(?= |$)", line)) == 7 for line in table)  # a cell a unit, "-" if it has none
-    assert [line.count("±") for line in table] == [7, 1, 6, 1] + 10 * [6]
+    assert [line.count("±") for line in table] == [7, 6] + 10 * [6]
     rows = [line.split(",") for line in (tmp_path / "g").read_text().splitlines()[2:]]
     found = {(unit, int(seed), measure, float(at)): float(value) for unit, seed, measure, at, value in rows}
     assert len(found) == len(rows)

@@ -1,0 +1,138 @@
+"""The tests of controls.py."""
+
+import re
+import subprocess
+import sys
+
+import controls
+import numpy as np
+import pytest
+
+import data
+import fpnl
+import train
+from test_fpnl import RNG, ROOT, example, needs_hardware, write_slice
+
+SIZES = (12, 10, 9, 5)
+NETS = {  # network of each method, as fpnl takes it
+    "backprop": {"ftz": True, "transfer": np.positive},
+    "relu": {"ftz": True, "transfer": controls.rectify},
+    "deadzone": {"ftz": True, "transfer": None},
+}
+
+
+def settings(method, **options):
+    return train.Settings(0, SIZES[0], SIZES[-1], method, "on", hidden=SIZES[1:-1], **options)
+
+
+def gradient(method, net, params, x, labels, **options):
+    inputs, slopes = getattr(controls, method)(settings(method, **options), net, params, x, labels, None)
+    return [(g[:-1], g[-1]) for g in (a @ s.T / len(x) for a, s in zip(inputs, slopes))]
+
+
+@pytest.mark.parametrize("method", NETS)
+def test_the_gradient_is_the_derivative(method):
+    """Against central differences, along a random direction of all the weights; within the dead zones, where the
+    network is differentiable, the step is too small for a unit to cross a threshold."""
+    params, x, labels = example(SIZES, n=2)
+    rng, grads = RNG(1), gradient(method, NETS[method], params, x, labels)
+    direction = [[rng.standard_normal(a.shape, dtype=np.float32) for a in layer] for layer in params]
+
+    def loss_at(t):
+        moved = [[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]
+        return float(fpnl.loss(fpnl.forward(moved, x, **NETS[method]), labels))
+
+    slope = sum(np.vdot(g, d) for layers in zip(grads, direction) for g, d in zip(*layers))
+    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+def test_backprop_is_blind_to_underflow():
+    """With the flush, the derivative is the linear network's, at other outputs: straight through; every bias learns."""
+    params, x, labels = example(SIZES, n=30)
+    grads = []
+    for net in (NETS["deadzone"], NETS["backprop"]):
+        o = fpnl.forward(params, x, **net)
+        p = np.exp(o) / np.exp(o).sum(axis=1, keepdims=True) - np.eye(5, dtype=np.float32)[labels]
+        grads.append(gradient("backprop", net, params, x, labels))
+        np.testing.assert_allclose(grads[-1][0][0], x.T @ (p / 30 @ params[2][0].T @ params[1][0].T), atol=1e-6)
+        assert all(db.any() for _, db in grads[-1])
+    assert not np.array_equal(grads[0][0][0], grads[1][0][0])
+    assert [bool(db.any()) for _, db in gradient("deadzone", NETS["deadzone"], params, x, labels)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_prediction_is_the_control_variate_without_its_rest():
+    """Its logits' slopes are those of ES, whatever the signs; below, h(z + s) - h(z - s) over 2 s and the chain rule.
+    With blocks of 1 in a network of one hidden layer, ES with the control variate measures that and a rest."""
+    params, x, labels = example(SIZES, n=6)
+    given = settings("prediction", sigma=0.05, block=1)
+    inputs, slopes = controls.prediction(given, NETS["deadzone"], params, x, labels, None)
+    signs = fpnl.mutation_signs(RNG(0), params, len(x))
+    es_inputs, es_slopes = train.es(given, NETS["deadzone"], params, x, labels, signs)
+    np.testing.assert_allclose(slopes[-1], es_slopes[-1], atol=1e-5)
+    for a, b in zip(inputs, es_inputs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for l in (0, 1):
+        z = params[l][0].T @ inputs[l][:-1] + inputs[l][-1] * params[l][1][:, None]
+        shift = np.float32(0.05) * np.linalg.norm(inputs[l], axis=0)
+        moved = controls.dead_zone(z + shift) - controls.dead_zone(z - shift)
+        expected = params[l + 1][0] @ slopes[l + 1] * moved / np.maximum(2 * shift, fpnl.TINY)
+        np.testing.assert_allclose(slopes[l], expected, atol=1e-4)
+        assert np.abs(slopes[l]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_the_controls_train(slice_of_mnist, tmp_path):
+    """Softmax regression and the linear network learn the same; the ReLU network, from the same start, more; so does
+    what sees the dead zone. From the printed table."""
+    rows = "linear logistic prediction blind deadzone relu".split()
+    options = f"--seeds 1 --epochs 4 --batch 100 --weight-decay 0 --reports 1 --data {slice_of_mnist} --rows".split()
+    command = [sys.executable, "examples/controls.py", tmp_path / "runs", *options, *rows]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found = re.findall(r"(?m)^\w.*? +\d+\.\d\d ± 0\.00 +(\d+\.\d\d) ± 0\.00", done.stdout)
+    linear, logistic, prediction, blind, deadzone, relu = map(float, found)
+    assert 84 < linear < 90 and 80 < logistic < 90
+    assert min(prediction, deadzone, relu) > max(linear, logistic, blind) + 1
+
+
+@pytest.mark.slow
+@needs_hardware
+def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
+    folder = write_slice(mnist, tmp_path, 1000, 500)
+    options = f"--seeds 2 --epochs 1 --reports 1 --workers 1 --data {folder} --validation 100".split()
+    command = [sys.executable, "examples/controls.py", tmp_path / "runs", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    first, *printed = done.stdout.splitlines()
+    assert re.fullmatch(rf"18 runs, about \d+\.\d minutes; logs and weights go to {tmp_path}/runs", first)
+    assert done.stdout.count("logits that differ between the emulation and the CPU's flags: 0 of 1000") == 2
+    start = next(i for i, line in enumerate(printed) if line.startswith("accuracy in percent, 2 seeds"))
+    assert "validation" in printed[start] and len(printed[start + 1 :]) == len(controls.ROWS) + 3
+    assert all(re.search(r"\d+\.\d\d ± +\d+\.\d\d +\d+\.\d\d ± +\d+\.\d\d", row) for row in printed[start + 1 :])
+    files = {path.name for path in (tmp_path / "runs").iterdir()}
+    ends = [f"-{seed}.{end}" for seed in (0, 1) for end in ("csv", "npz")]
+    assert files == {name + end for name in controls.ROWS for end in ends} | {"scale-0.csv", "scale-1.csv"}
+    assert all('"validation": 100' in (tmp_path / "runs" / f"{name}-0.csv").read_text() for name in controls.ROWS)
+    params, arrays = data.load_weights(tmp_path / "runs" / "relu-1.npz")
+    assert '"method": "relu"' in str(arrays["settings"]) and len(params) == 3
+    command = [sys.executable, "train.py", "--evaluate", tmp_path / "runs" / "relu-1.npz"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected weights of ES, found those of relu" in done.stderr
+
+
+def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
+    for options, says in (
+        ([], "the following arguments are required: folder"),
+        ([tmp_path / "runs", "--rows", "sgd"], "argument --rows: invalid choice: 'sgd'"),
+        ([tmp_path / "runs", "--seed", 3], "expected other options than --seed, --log, --save, --resume, --evaluate"),
+        ([tmp_path / "runs", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        ([tmp_path / "runs", "--data", tmp_path / "no"], "no: expected a folder with the four files of MNIST"),
+    ):
+        command = [sys.executable, "examples/controls.py", *map(str, options)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
