@@ -7,6 +7,7 @@ found; nothing is ever downloaded.
 """
 
 import contextlib
+import functools
 import gzip
 import math
 import os
@@ -66,6 +67,11 @@ def load(folder=MNIST, validation=0):
     if validation >= len(y):
         raise ValueError(f"validation: expected fewer than the {len(y)} training images, found {validation}")
     return (x[:-validation], y[:-validation], x[-validation:], y[-validation:]) if validation else (x, y, *test)
+
+
+def checksum(sets):
+    """CRC-32 of all that `load` returned."""
+    return functools.reduce(lambda crc, array: zlib.crc32(array, crc), sets, 0)
 
 
 def read_idx(path, ndim):

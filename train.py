@@ -38,16 +38,13 @@ import shutil
 import signal
 import threading
 import time
-import zlib
 
 import numpy as np
 
 import data
 import fpnl
 
-TASK = 64  # images whose slopes are measured together
-BAND = 64  # rows of weights that are updated together
-PIECE = 1000  # images that are evaluated together
+TASK, BAND, PIECE = 64, 64, 1000  # images that are measured, rows of weights updated, images evaluated together
 INIT, ORDER, SIGNS = range(3)  # random streams of a seed
 PRESETS = {"best": {"epochs": 150, "control_variate": True}}
 
@@ -67,9 +64,8 @@ def number(kind, low):
 DEFAULT = "(default: %(default)s)"
 
 
-def option(default, says, kind=None, **more):
-    more |= {"type": kind} if kind else {}
-    return dataclasses.field(default=default, metadata=more | {"help": f"{says} {DEFAULT}"})
+def option(default, says, **how):
+    return dataclasses.field(default=default, metadata={"help": f"{says} {DEFAULT}", **how})
 
 
 COUNT, SIZE = number(int, 1), number(float, 0)
@@ -85,16 +81,16 @@ class Settings:
     method: str
     flush: str  # "on" or "off"
     # fmt: off
-    validation: int = option(0, "hold out the last N training images", number(int, 0), metavar="N")
-    hidden: tuple = option(fpnl.SIZES[1:-1], "hidden layers", COUNT, nargs="*", metavar="N")
-    epochs: float = option(30, "passes over the training images; fractions too, 0 evaluates", SIZE)
-    batch: int = option(512, "images a step", COUNT)
-    sigma: float = option(0.02, "size of a mutation of a unit's weights", number(float, 1e-9))
-    block: int = option(8, "units mutated together: more, and a step is quicker and noisier", COUNT)
+    validation: int = option(0, "hold out the last N training images", type=number(int, 0), metavar="N")
+    hidden: tuple = option(fpnl.SIZES[1:-1], "hidden layers", type=COUNT, nargs="*", metavar="N")
+    epochs: float = option(30, "passes over the training images; fractions too, 0 evaluates", type=SIZE)
+    batch: int = option(512, "images a step", type=COUNT)
+    sigma: float = option(0.02, "size of a mutation of a unit's weights", type=number(float, 1e-9))
+    block: int = option(8, "units mutated together: more, and a step is quicker and noisier", type=COUNT)
     control_variate: bool = option(False, "less noise in a block", action=argparse.BooleanOptionalAction)
-    lr: float = option(1e-3, "AdamW's learning rate, falling to zero as a cosine", SIZE)
-    weight_decay: float = option(1.0, "AdamW's decoupled decay", SIZE)
-    seed: int = option(0, "of the weights, the order of the images and the mutations", number(int, 0))
+    lr: float = option(1e-3, "AdamW's learning rate, falling to zero as a cosine", type=SIZE)
+    weight_decay: float = option(1.0, "AdamW's decoupled decay", type=SIZE)
+    seed: int = option(0, "of the weights, the order of the images and the mutations", type=number(int, 0))
     # fmt: on
 
     @property
@@ -102,7 +98,7 @@ class Settings:
         return self.inputs, *self.hidden, self.classes
 
 
-ENGINES = "processes", "threads", *(REMOTE := ("mpi", "dask"))
+ENGINES = "processes", "threads", *(REMOTE := {"mpi": "mpi4py mpich", "dask": "distributed"})  # and what to install
 FTZ = {"emulated": True, "hardware": "hardware", "off": False}  # as fpnl takes it
 OPTIONS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
 
@@ -125,8 +121,8 @@ class Run:
         count = sum((i + 1) * o for i, o in itertools.pairwise(sizes))
         self.weights, moments, columns = np.split(np.frombuffer(self.floats, np.float32), [count, 3 * count])
         self.params, self.moments = as_params(self.weights, sizes), moments.reshape(2, -1)
-        ends = np.cumsum([*(i + 1 for i in sizes[:-1]), *sizes[1:]])
-        columns = np.split(columns.reshape(-1, batch), ends[:-1])  # what a method returns, of the whole batch
+        ends = np.cumsum([*(i + 1 for i in sizes[:-1]), *sizes[1:]])[:-1]
+        columns = np.split(columns.reshape(-1, batch), ends)  # what a method returns, of the whole batch
         self.inputs, self.slopes = columns[: len(sizes) - 1], columns[len(sizes) - 1 :]
         self.steps_per_epoch = len(self.sets[0]) // batch
         self.steps = round(self.settings.epochs * self.steps_per_epoch)
@@ -162,12 +158,12 @@ def train(args, method=es, transfer=None):
             report.row(step, trained, held)
             if not math.isfinite(trained[0]):
                 raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
-            save(args.save, run, step, report.seconds())
+            save(args.save, run, step=step, seconds=report.seconds())
             if following is None or args.until_test is not None and held[1] >= args.until_test:
                 break
             step = descend(step, following, tick=report.live)
             if run.control[STOPPED]:
-                save(args.save, run, step, report.seconds())
+                save(args.save, run, step=step, seconds=report.seconds())
                 raise KeyboardInterrupt(f"interrupted after step {step} of {run.steps}", int(run.control[STOPPED]))
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {report.seconds():.0f}", flush=True)
     return trained, held
@@ -182,7 +178,9 @@ def steps(run, first, last, rank=0, workers=1, measured=None):
     layers = [*zip(*(as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]  # [W; b] and two moments
     for step in range(first, last):
         epoch, place = divmod(step, run.steps_per_epoch)
-        images = order(s.seed, epoch, len(run.sets[0]))[place * s.batch :][: s.batch]
+        if place == 0 or step == first:
+            order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(run.sets[0]))
+        images = order[place * s.batch : (place + 1) * s.batch]
         lr = s.lr * (1 + math.cos(math.pi * step / run.steps)) / 2
         for task, inputs, slopes in (measured or measure)(run, step, images, rank, workers):
             for array, columns in zip(run.inputs + run.slopes, inputs + slopes):
@@ -213,31 +211,27 @@ def measure(run, step, images, rank, workers):
 
 
 def evaluate(run, which, rank, workers):
-    """(first image, number, summed loss, number right, summed shares of live units) of each piece of a worker's."""
+    """(first image, [number, summed loss, number right, summed shares of live units]) of each piece of a worker's."""
     found = []
     for start in range(0, len(run.sets[which]), PIECE)[rank::workers]:
         images, y = (array[start : start + PIECE] for array in run.sets[which : which + 2])
         hs = fpnl.activations(run.params, data.pixels(images), **run.net)
         hs = hs if run.net["transfer"] else [h * fpnl.SCALE for h in hs]  # exact
-        scores = float(fpnl.loss(hs[-1], y)), fpnl.accuracy(hs[-1], y), *(float(np.mean(h != 0)) for h in hs)
-        found.append((start, len(y), *(len(y) * value for value in scores)))
+        scores = 1, float(fpnl.loss(hs[-1], y)), fpnl.accuracy(hs[-1], y), *(np.mean(h != 0) for h in hs)
+        found.append((start, len(y) * np.array(scores)))
     return found
 
 
 def score(found):
     """Loss, accuracy and share of live units in each layer, over a whole set, from what the workers found."""
-    _, numbers, *sums = zip(*sorted(itertools.chain.from_iterable(found)))
-    return [sum(column) / sum(numbers) for column in sums]
+    pieces = sorted(itertools.chain.from_iterable(found), key=lambda piece: piece[0])
+    number, *sums = sum(scores for _, scores in pieces)
+    return [float(value / number) for value in sums]
 
 
 def with_bias(a, acts):
     """[fan_in, n] and a last row, what the bias is multiplied with."""
     return np.vstack([a, np.full((1, a.shape[1]), bool(acts), np.float32)])
-
-
-@functools.lru_cache(2)
-def order(seed, epoch, images):
-    return np.random.default_rng((seed, ORDER, epoch)).permutation(images)
 
 
 def bands(sizes):
@@ -268,7 +262,11 @@ def begin(args, method, transfer):
     """A fresh or resumed run, steps done, seconds spent, and what its other set is: test, or held out to validate."""
     sets, step, seconds = data.load(args.data, args.validation), 0, 0.0
     chosen = {name: getattr(args, name) for name in OPTIONS} | {"hidden": tuple(args.hidden)}
-    found = {"data": checksum(sets), "inputs": sets[0].shape[1], "classes": 1 + int(max(sets[1].max(), sets[3].max()))}
+    found = {
+        "data": data.checksum(sets),
+        "inputs": sets[0].shape[1],
+        "classes": 1 + int(max(sets[1].max(), sets[3].max())),
+    }
     settings = Settings(**found, **chosen, method=method.__name__, flush="off" if args.flush == "off" else "on")
     if args.batch > len(sets[0]):
         raise ValueError(f"--batch: expected at most the {len(sets[0])} training images, found {args.batch}")
@@ -287,10 +285,6 @@ def fresh(settings, sets, net, method, update=fpnl.adamw):
     run = Run(settings, sets, net, method, *memory, threading.Barrier(1), update)
     run.weights[...] = flattened(fpnl.init(np.random.default_rng((settings.seed, INIT)), settings.sizes))
     return run
-
-
-def checksum(sets):
-    return functools.reduce(lambda crc, array: zlib.crc32(array, crc), sets, 0)
 
 
 def reports(args, run, first):
@@ -321,30 +315,29 @@ class Report:
 
     def left(self, step):
         done, seconds = step - self.first, self.seconds() - self.before
-        return f"{seconds * (self.run.steps - step) / done:8.0f} s" if done else f"{'?':>10}"
+        return f"{seconds * (self.run.steps - step) / done:8.0f} s" if done > 0 else f"{'?':>10}"
 
     def row(self, step, trained, held):
-        self.loss, live = trained[0], trained[2:]
+        self.loss, shares = trained[0], "".join(f" {share:.2f}" for share in trained[2:])
         row = step / self.run.steps_per_epoch, self.seconds(), *trained[:2], held[1]
-        shares = "".join(f" {share:.2f}" for share in live)
         self.say("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row) + shares + self.left(step))
-        print(*(f"{value:.6g}" for value in (*row, *live)), sep=",", file=self.log, flush=True)
+        print(*(f"{value:.6g}" for value in (*row, *trained[2:])), sep=",", file=self.log, flush=True)
 
     def live(self):
         step, run = self.run.control[DONE], self.run
-        if step > self.first:
-            speed = (step - self.first) * run.settings.batch / (self.seconds() - self.before)
-            done = f"step {step}, epoch {step / run.steps_per_epoch:.2f}, loss {self.loss:.4f}"
-            self.say(f"{done}, {speed:.0f} images/s,{self.left(step)} left", live=True)
+        speed = (step - self.first) * run.settings.batch / (self.seconds() - self.before)
+        done = f"step {step}, epoch {step / run.steps_per_epoch:.2f}, loss {self.loss:.4f}"
+        self.say(f"{done}, {speed:.0f} images/s,{self.left(step)} left", live=True)
 
 
 def open_log(args, run, held_out):
     """--log FILE.csv: comments with what it takes to repeat the run, a header, then a row a report."""
     log = open(args.log or os.devnull, "a" if args.resume else "w")
     if not log.tell():  # else it goes on, too
-        live = ",".join(f"live{i + 1}" for i in range(len(run.params)))
         print(f"# {json.dumps(dataclasses.asdict(run.settings))}\n# {provenance()}", file=log)
-        print(f"epoch,seconds,loss,train,{held_out},{live}", file=log, flush=True)
+        print(
+            f"epoch,seconds,loss,train,{held_out}", *(f"live{l + 1}" for l in range(len(run.params))), sep=",", file=log
+        )
     return log
 
 
@@ -366,10 +359,9 @@ def interruptible(control):
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
 
-    is_main = threading.current_thread() is threading.main_thread()  # only that one may set handlers
     with contextlib.ExitStack() as stack:
-        for number in numbers if is_main else ():  # the one before is None if it was not Python's
-            stack.callback(signal.signal, number, signal.signal(number, ask) or signal.SIG_DFL)
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():  # no other may
+            stack.callback(signal.signal, number, signal.signal(number, ask) or signal.SIG_DFL)  # None: not Python's
         yield
 
 
@@ -407,11 +399,7 @@ def here(args, run):
 @contextlib.contextmanager
 def elsewhere(args, run):
     job = os.urandom(16), args.data
-    try:
-        opened, pool, n = mpi() if args.engine == "mpi" else dask(args.workers, args.scheduler)
-    except (ImportError, RuntimeError) as error:
-        packages = {"mpi": "mpi4py mpich", "dask": "distributed"}[args.engine]
-        raise ValueError(f"--engine {args.engine}: expected packages that work: pip install {packages}") from error
+    opened, pool, n = mpi() if args.engine == "mpi" else dask(args.workers, args.scheduler)
 
     def everyone(work, *given):
         task = *job, run.settings, run.net, run.method, run.weights.copy(), work, *given
@@ -428,10 +416,8 @@ def elsewhere(args, run):
 def mpi():
     from mpi4py import MPI, futures
 
-    n = MPI.COMM_WORLD.Get_size() - 1
-    if n < 1:
-        how = "mpiexec -n 3 python -m mpi4py.futures train.py --engine mpi"
-        raise ValueError(f"--engine mpi: expected two processes at least, found one: start it by {how}")
+    if (n := MPI.COMM_WORLD.Get_size() - 1) < 1:
+        raise ValueError("--engine mpi: expected workers: mpiexec -n 3 python -m mpi4py.futures train.py ...")
     pool = futures.MPIPoolExecutor()
     return pool, pool, n
 
@@ -444,8 +430,7 @@ def dask(workers, scheduler):
         client = distributed.Client(**{"address": scheduler} if scheduler else own, timeout=5)
         client.wait_for_workers(1, timeout=5)
     except OSError as error:  # TimeoutError, too
-        how = "dask scheduler, and dask worker ADDRESS where train.py can be imported"
-        raise ValueError(f"--scheduler: expected a scheduler with workers at {scheduler}: start {how}") from error
+        raise ValueError(f"--scheduler: expected workers there, found none: dask worker {scheduler}") from error
     return client, client.get_executor(pure=False), len(client.nthreads())
 
 
@@ -487,7 +472,7 @@ def there(key, folder, settings, net, method, weights, work, *args):
 def sets_there(key, folder, settings):
     """The images of the run with this key, read once in a process."""
     sets = data.load(folder, settings.validation)
-    if (found := checksum(sets)) != settings.data:
+    if (found := data.checksum(sets)) != settings.data:
         raise ValueError(f"--data: expected the run's, checksum {settings.data}, found {found} on {platform.node()}")
     return sets
 
@@ -507,15 +492,15 @@ def gathered(futures, tick=lambda: None):
 def refuse_other_settings(settings, saved, path):
     for name, found in dataclasses.asdict(settings).items():
         if found != (expected := getattr(saved, name)):
-            why = ": all epochs together set the learning rate" if name == "epochs" else ""
-            raise ValueError(f"--{name.replace('_', '-')}: expected {expected} as in {path}, found {found}{why}")
+            why = "they and the learning rates over all epochs are fixed from the start"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {expected} as in {path}, found {found}: {why}")
 
 
-def save(path, run, step, seconds):
+def save(path, run, **spent):
     """W1, b1, ... and what --resume needs, if there is a path."""
     if path:
         settings = json.dumps(dataclasses.asdict(run.settings))
-        data.save_weights(path, run.params, moments=run.moments, step=step, seconds=seconds, settings=settings)
+        data.save_weights(path, run.params, moments=run.moments, settings=settings, **spent)
 
 
 def read_run(path):
@@ -524,13 +509,11 @@ def read_run(path):
     try:
         moments, step, seconds = arrays["moments"], int(arrays["step"]), float(arrays["seconds"])
         saved = json.loads(str(arrays["settings"]))
-        saved["hidden"] = tuple(saved["hidden"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a run saved by --save, found weights alone") from error
     if saved.keys() != Settings.__annotations__.keys():
-        says = "expected a run of this version of train.py, found another's, whose weights are for --evaluate alone"
-        raise ValueError(f"{path}: {says}")
-    return params, moments, step, seconds, Settings(**saved)
+        raise ValueError(f"{path}: expected a run of this train.py, found another's, of use for --evaluate alone")
+    return params, moments, step, seconds, Settings(**saved | {"hidden": tuple(saved["hidden"])})
 
 
 def evaluate_file(args):
@@ -550,8 +533,7 @@ def evaluate_file(args):
     if args.predict:
         return print(*found, sep="\n")
     labels, classes = labels[0], max(1 + int(labels[0].max()), params[-1][0].shape[1])
-    table = np.zeros((classes, classes), int)
-    np.add.at(table, (labels, found), 1)
+    table = np.bincount(labels * np.int64(classes) + found, minlength=classes**2).reshape(classes, classes)
     print("label  " + "".join(f"{label:6}" for label in range(classes)) + "   <- found    recall")
     for label, row in enumerate(table):
         recall = f"{row[label] / row.sum():.4f}" if row.any() else "-"
@@ -600,10 +582,8 @@ def parse_args(argv=None):
     parser.set_defaults(**{name: saved[name] for name in OPTIONS if name in saved})
     parser.set_defaults(flush="off" if saved["flush"] == "off" else flush, **PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
-    if args.scheduler and args.engine != "dask":
-        parser.error("argument --scheduler: expected --engine dask beside it")
-    if args.predict and not args.evaluate:
-        parser.error("argument --predict: expected --evaluate FILE.npz beside it, found none")
+    if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate:
+        parser.error("expected --engine dask beside --scheduler, and --evaluate beside --predict, found one alone")
     return args
 
 
@@ -631,6 +611,8 @@ def main(argv=None):
         _, held = train(args)
         if args.until_test is not None and held[1] < args.until_test:
             sys.exit(f"train.py: the accuracy ended at {held[1]:.4f}, below {args.until_test}")
+    except ImportError:
+        fail(f"--engine {args.engine}: expected packages that are not here: pip install {REMOTE[args.engine]}")
     except concurrent.futures.BrokenExecutor:
         fail(f"a worker process was killed, perhaps for want of memory{goes_on(args)}")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
