@@ -324,7 +324,7 @@ class Report:
         print(*(f"{value:.6g}" for value in (*row, *trained[2:])), sep=",", file=self.log, flush=True)
 
     def live(self):
-        step, run = self.run.control[DONE], self.run
+        step, run = max(self.first, self.run.control[DONE]), self.run
         speed = (step - self.first) * run.settings.batch / (self.seconds() - self.before)
         done = f"step {step}, epoch {step / run.steps_per_epoch:.2f}, loss {self.loss:.4f}"
         self.say(f"{done}, {speed:.0f} images/s,{self.left(step)} left", live=True)
@@ -336,7 +336,11 @@ def open_log(args, run, held_out):
     if not log.tell():  # else it goes on, too
         print(f"# {json.dumps(dataclasses.asdict(run.settings))}\n# {provenance()}", file=log)
         print(
-            f"epoch,seconds,loss,train,{held_out}", *(f"live{l + 1}" for l in range(len(run.params))), sep=",", file=log
+            "epoch,seconds,loss,train",
+            held_out,
+            *(f"live{l}" for l in range(1, len(run.params) + 1)),
+            sep=",",
+            file=log,
         )
     return log
 
