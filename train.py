@@ -262,12 +262,9 @@ def begin(args, method, transfer):
     """A fresh or resumed run, steps done, seconds spent, and what its other set is: test, or held out to validate."""
     sets, step, seconds = data.load(args.data, args.validation), 0, 0.0
     chosen = {name: getattr(args, name) for name in OPTIONS} | {"hidden": tuple(args.hidden)}
-    found = {
-        "data": data.checksum(sets),
-        "inputs": sets[0].shape[1],
-        "classes": 1 + int(max(sets[1].max(), sets[3].max())),
-    }
-    settings = Settings(**found, **chosen, method=method.__name__, flush="off" if args.flush == "off" else "on")
+    classes = 1 + int(max(sets[1].max(), sets[3].max()))
+    found = {"data": data.checksum(sets), "inputs": sets[0].shape[1], "classes": classes, "method": method.__name__}
+    settings = Settings(**found, **chosen, flush="off" if args.flush == "off" else "on")
     if args.batch > len(sets[0]):
         raise ValueError(f"--batch: expected at most the {len(sets[0])} training images, found {args.batch}")
     run = fresh(settings, sets, {"ftz": FTZ[args.flush], "transfer": transfer}, method)
@@ -334,13 +331,9 @@ def open_log(args, run, held_out):
     """--log FILE.csv: comments with what it takes to repeat the run, a header, then a row a report."""
     log = open(args.log or os.devnull, "a" if args.resume else "w")
     if not log.tell():  # else it goes on, too
-        print(f"# {json.dumps(dataclasses.asdict(run.settings))}\n# {provenance()}", file=log)
+        header = ["epoch", "seconds", "loss", "train", held_out, *(f"live{l + 1}" for l in range(len(run.params)))]
         print(
-            "epoch,seconds,loss,train",
-            held_out,
-            *(f"live{l}" for l in range(1, len(run.params) + 1)),
-            sep=",",
-            file=log,
+            f"# {json.dumps(dataclasses.asdict(run.settings))}\n# {provenance()}", ",".join(header), sep="\n", file=log
         )
     return log
 
