@@ -154,17 +154,17 @@ def train(args, method=es, transfer=None):
     with crew(args, run) as (everyone, descend, n), open_log(args, run, held_out) as log, interruptible(run.control):
         report = Report(args, run, log, first, before, held_out, n)
         for step, following in itertools.pairwise([*reports(args, run, first), None]):
-            trained, held = (score(everyone(evaluate, which)) for which in (0, 2))
-            report.row(step, trained, held)
+            seconds, (trained, held) = report.seconds(), (score(everyone(evaluate, which)) for which in (0, 2))
+            report.row(step, seconds, trained, held)
             if not math.isfinite(trained[0]):
                 raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
             save(args.save, run, step=step, seconds=report.seconds())
             if following is None or args.until_test is not None and held[1] >= args.until_test:
                 break
-            step = descend(step, following, tick=report.live)
+            reached = descend(step, following, tick=report.live)
             if run.control[STOPPED]:
-                save(args.save, run, step=step, seconds=report.seconds())
-                raise KeyboardInterrupt(f"interrupted after step {step} of {run.steps}", int(run.control[STOPPED]))
+                save(args.save, run, step=reached, seconds=report.seconds())
+                raise KeyboardInterrupt(f"interrupted after step {reached} of {run.steps}", run.control[STOPPED])
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {report.seconds():.0f}", flush=True)
     return trained, held
 
@@ -314,9 +314,9 @@ class Report:
         done, seconds = step - self.first, self.seconds() - self.before
         return f"{seconds * (self.run.steps - step) / done:8.0f} s" if done > 0 else f"{'?':>10}"
 
-    def row(self, step, trained, held):
+    def row(self, step, seconds, trained, held):
         self.loss, shares = trained[0], "".join(f" {share:.2f}" for share in trained[2:])
-        row = step / self.run.steps_per_epoch, self.seconds(), *trained[:2], held[1]
+        row = step / self.run.steps_per_epoch, seconds, *trained[:2], held[1]
         self.say("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row) + shares + self.left(step))
         print(*(f"{value:.6g}" for value in (*row, *trained[2:])), sep=",", file=self.log, flush=True)
 
