@@ -250,6 +250,7 @@ def model(run, workers):
     s = run.settings
     images = np.arange(s.batch)
 
+    layers = [*zip(*(train.as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]
     drawn, tasks, bands = [], [], []
     for _ in range(ROUNDS):
         rng = np.random.default_rng(0)
@@ -259,7 +260,7 @@ def model(run, workers):
         for l, band in train.bands(s.sizes):
             began = time.perf_counter()
             gradient = run.inputs[l][band] @ run.slopes[l].T / np.float32(s.batch)
-            weights, *moments = (train.as_layers(flat, s.sizes)[l][band] for flat in (run.weights, *run.moments))
+            weights, *moments = (array[band] for array in layers[l])
             fpnl.adamw(weights, gradient, *moments, 1000, 0.0)
             bands[-1].append(time.perf_counter() - began)
     count = math.ceil(s.batch / train.TASK)
