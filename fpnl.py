@@ -547,16 +547,16 @@ def _member_losses(layers, l, k, change, base, labels, losses):
     W = above[0][0] if above else np.eye(classes, dtype=float32)  # a change of the logits is what it is
     few, many = (max(1, (1 << 18) // (rows * 2 * n)) for rows in (len(base), classes))  # blocks: memory stays bounded
     edges = sorted({*range(0, width - width % k, few * k), width - width % k, width})  # the last may be a smaller block
-    found, groups = [], max(1, many // few)
+    found, groups, buffer = [], max(1, many // few), np.empty((few, *base.shape), float32)
     for i in range(0, len(edges) - 1, groups):
         logits = []
         for start, stop in zip(edges[i : i + groups], edges[i + 1 :]):
-            rows = (-1, min(k, stop - start))
-            z = W[start:stop].reshape(*rows, len(base)).swapaxes(1, 2) @ change[start:stop].reshape(*rows, 2 * n)
+            weights, moved = (a[start:stop].reshape(-1, min(k, stop - start), a.shape[1]) for a in (W, change))
+            z = np.matmul(weights.swapaxes(1, 2), moved, out=buffer[: len(moved)])
             z += base
             for (_, _, t), (W2, b, _) in zip(above, above[1:]):
                 z = W2.T @ t(z) + b
-            logits.append(z)
+            logits.append(z.copy())
         logits = above[-1][2](np.concatenate(logits)) if above else np.concatenate(logits)
         found.append(losses(np.moveaxis(logits.reshape(-1, classes, 2, n), 1, -1), labels))
     return np.concatenate(found)
