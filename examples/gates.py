@@ -193,7 +193,7 @@ def print_table(rows):
 
 def main():
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="0, 1, ... of them")
     add("--epochs", type=float, default=3, help="of ES and of backprop")

@@ -237,7 +237,7 @@ def print_table(rows, widths):
 
 def main():
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=formatter)
     add = parser.add_argument
     add("--widths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096], help="of the hidden layers")
     add("--hidden", type=int, default=2, help="hidden layers")
