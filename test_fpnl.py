@@ -1595,21 +1595,23 @@ def test_a_worker_that_raises_leaves_nobody_waiting(slice_of_mnist, tmp_path):
         """
 import sys, train
 
-def measure(run, step, images, rank, workers, original=train.measure):
-    if (rank, step) == (1, 2):
-        raise ValueError("of worker 1")
-    return original(run, step, images, rank, workers)
+def method(settings, net, params, x, labels, signs):
+    if len(x) < train.TASK:
+        raise ValueError("of the worker that has the last task")
+    return train.es(settings, net, params, x, labels, signs)
 
-train.measure = measure  # in each process, as it imports this
 if __name__ == "__main__":
-    train.main(sys.argv[1:])
+    try:
+        train.train(train.parse_args(sys.argv[1:]), method)
+    except ValueError as error:
+        sys.exit(str(error))
 """
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for engine in ("threads", "processes"):
         command = [sys.executable, program, "--data", slice_of_mnist, *SHORT, "--workers", "3", "--engine", engine]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stderr) == (2, "train.py: error: of worker 1\n")
+        assert (done.returncode, done.stderr) == (1, "of the worker that has the last task\n")
 
 
 @pytest.mark.parametrize(

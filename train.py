@@ -147,6 +147,15 @@ def es(settings, net, params, x, labels, signs):
     return [with_bias(a, l == 0 or not net["ftz"] or net["transfer"]) for l, a in enumerate([x.T, *outputs])], slopes
 
 
+def measure(run, step, images, rank, workers):
+    """(columns of the batch, inputs, slopes) of each task of one of the workers."""
+    signs = fpnl.mutation_signs(np.random.default_rng((run.settings.seed, SIGNS, step)), run.params, len(images))
+    for start in range(0, len(images), TASK)[rank::workers]:
+        task = slice(start, start + TASK)
+        x, labels = data.pixels(run.sets[0][images[task]]), run.sets[1][images[task]]
+        yield task, *run.method(run.settings, run.net, run.params, x, labels, signs[task])
+
+
 def train(args, method=es, transfer=None):
     """One run as the arguments say -> (loss, accuracy, live units ...) on the training set and on the other."""
     run, first, before, held_out = begin(args, method, transfer)
@@ -169,10 +178,10 @@ def train(args, method=es, transfer=None):
     return trained, held
 
 
-def steps(run, first, last, rank=0, workers=1, measured=None):
+def steps(run, first, last, rank=0, workers=1, measured=measure):
     """The steps from `first` to `last` by one of the workers, who meet twice a step -> steps done.
 
-    Who has which task and band makes no difference. `measured` replaces `measure`.
+    Who has which task and band makes no difference. Elsewhere, `measured` has all of them measure.
     """
     s = run.settings
     layers = [*zip(*(as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]  # [W; b] and two moments
@@ -182,7 +191,7 @@ def steps(run, first, last, rank=0, workers=1, measured=None):
             order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(run.sets[0]))
         images = order[place * s.batch : (place + 1) * s.batch]
         lr = s.lr * (1 + math.cos(math.pi * step / run.steps)) / 2
-        for task, inputs, slopes in (measured or measure)(run, step, images, rank, workers):
+        for task, inputs, slopes in measured(run, step, images, rank, workers):
             for array, columns in zip(run.inputs + run.slopes, inputs + slopes):
                 array[:, task] = columns
         run.barrier.wait()
@@ -199,15 +208,6 @@ def steps(run, first, last, rank=0, workers=1, measured=None):
 
 
 # --- The work of a step and of a report ----------------------------------------------------------------
-
-
-def measure(run, step, images, rank, workers):
-    """(columns of the batch, inputs, slopes) of each task of one of the workers."""
-    signs = fpnl.mutation_signs(np.random.default_rng((run.settings.seed, SIGNS, step)), run.params, len(images))
-    for start in range(0, len(images), TASK)[rank::workers]:
-        task = slice(start, start + TASK)
-        x, labels = data.pixels(run.sets[0][images[task]]), run.sets[1][images[task]]
-        yield task, *run.method(run.settings, run.net, run.params, x, labels, signs[task])
 
 
 def evaluate(run, which, rank, workers):
@@ -373,13 +373,12 @@ def interruptible(control):
 def here(args, run):
     n = min(args.workers, 61) if sys.platform == "win32" else args.workers  # processes that Windows can wait for
     threads = args.engine == "threads" or n == 1 and not START
-    context = multiprocessing.get_context(START)
-    run = dataclasses.replace(run, barrier=(threading if threads else context).Barrier(n))
+    run = dataclasses.replace(run, barrier=(threading if threads else multiprocessing.get_context(START)).Barrier(n))
     if threads:
         pool = concurrent.futures.ThreadPoolExecutor(n)
         submit = functools.partial(pool.submit, do, run)
     else:
-        pool = concurrent.futures.ProcessPoolExecutor(n, context, enter, (run,))
+        pool = concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(START), enter, (run,))
         submit = functools.partial(pool.submit, do_entered)
 
     def everyone(work, *given, tick=lambda: None):
@@ -390,6 +389,8 @@ def here(args, run):
             yield everyone, lambda *span, tick: everyone(steps, *span, tick=tick)[0], n
         except BaseException:
             run.control[ASKED] = run.control[ENDED] = 1  # threads end after their step, processes at once
+            if threads:
+                run.barrier.abort()
             raise
 
 
@@ -422,9 +423,9 @@ def mpi():
 def dask(workers, scheduler):
     import distributed
 
-    own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "timeout": 60}
     try:
-        client = distributed.Client(**{"address": scheduler} if scheduler else own, timeout=5)
+        client = distributed.Client(**{"address": scheduler, "timeout": 5} if scheduler else own)
         client.wait_for_workers(1, timeout=5)
     except OSError as error:  # TimeoutError, too
         raise ValueError(f"--scheduler: expected workers there, found none: dask worker {scheduler}") from error
