@@ -1809,11 +1809,11 @@ def start_command(*command):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_and_resume(small, tmp_path):
-    """10 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
+    """8 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
     run(*small, "--save", tmp_path / "whole.npz")
     rng, path = RNG(0), tmp_path / "w.npz"
     steps = [0]
-    for i in range(10):
+    for i in range(8):
         goes_on = ["--resume", path] if path.exists() else []
         child = start(*small, *goes_on, "--save", path, "--workers", 1 + i % 2)
         for _ in range(rng.integers(2, 6)):
