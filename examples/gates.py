@@ -19,7 +19,7 @@ divided by it, do the same: it is no new freedom, and 1 here.)
 "underflow" is fpnl's own network, whose units are dead zones by float32: ES only, since no derivative sees them.
 Its logits have a dead zone too and its later biases are inert; the others have linear logits and live biases.
 
-    python examples/gates.py --log docs/runs/gates.csv      # four minutes on 2 cores; -h for the options
+    python examples/gates.py --log docs/runs/gates.csv      # eleven minutes on 2 cores; -h for the options
 
 Test %: 784-width-width-10 after a few epochs by ES and by backprop. Signal, before training: the variance over images
 of a layer's outputs, mean over its units, as a share of the pixels'; gradient: of a layer's dL/dz, a sum, as a share of

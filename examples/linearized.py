@@ -15,7 +15,7 @@ Underflow, t(z) = z where |z| >= 1/2, else 0, has two derivatives: "a.e.", 1 or 
 evolution strategies measure, is not. "a.e. / ES" descends along the first and responds by the second: then Theta =
 J_response J_descent^T (Eilers, Memmesheimer, Goedeke 2024, arXiv 2405.15539).
 
-    python examples/linearized.py --log docs/runs/linearized.csv            # five minutes on 2 cores
+    python examples/linearized.py --log docs/runs/linearized.csv            # some minutes on 2 cores
     python examples/linearized.py --widths 128 512 --seeds 2 --members 32   # a look
 
 x: [points, 784], the n images that are trained on first; y: [n, outputs]; f: [points, outputs].
