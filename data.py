@@ -9,11 +9,15 @@ found; nothing is ever downloaded.
 import contextlib
 import functools
 import gzip
+import json
 import math
 import os
 import pathlib
+import platform
+import secrets
 import struct
 import tempfile
+import time
 import zipfile
 import zlib
 
@@ -47,8 +51,8 @@ def load(folder=MNIST, validation=0):
     )
     sets = []
     for images, labels in (train, test):
-        x, y = read_idx(images, 3), read_idx(labels, 1)
-        if len(x) == 0 or x[0].size == 0:
+        x, y = read_images(images), read_idx(labels, 1)
+        if x.size == 0:
             raise ValueError(f"{images}: expected images, found shape {x.shape}")
         if len(x) != len(y):
             raise ValueError(f"{labels}: expected {len(x)} labels, one for each image of {images.name}, found {len(y)}")
@@ -56,8 +60,6 @@ def load(folder=MNIST, validation=0):
         if y.dtype != np.uint8 or y.max() > most or not (sets or y.min() < y.max()):
             says = f"expected labels 0 to {most} (unsigned bytes), of two classes at least to train on"
             raise ValueError(f"{labels}: {says}, found {y.min()} to {y.max()} ({y.dtype})")
-        if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):  # NaN fails both
-            raise ValueError(f"{images}: expected float pixels in [0, 1], found {x.min()} to {x.max()}")
         if sets and x.shape[1:] != sets[0].shape[1:]:
             raise ValueError(
                 f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}"
@@ -74,6 +76,14 @@ def checksum(sets):
     return functools.reduce(lambda crc, array: zlib.crc32(array, crc), sets, 0)
 
 
+def read_images(path):
+    """One IDX file of images, [n, rows, columns]: unsigned bytes, or float32 in [0, 1]."""
+    x = read_idx(path, 3)
+    if x.dtype != np.uint8 and x.size and not (x.min() >= 0 and x.max() <= 1):  # NaN fails both
+        raise ValueError(f"{path}: expected float pixels in [0, 1], found {x.min()} to {x.max()}")
+    return x
+
+
 def read_idx(path, ndim):
     """One IDX file, gzipped or plain, of unsigned bytes or float32, with `ndim` dimensions."""
     content = pathlib.Path(path).read_bytes()
@@ -82,11 +92,12 @@ def read_idx(path, ndim):
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: expected a gzip file, found a damaged one ({error}): copy it again") from error
-    start = 4 + 4 * ndim
+    start, types = 4 + 4 * ndim, " or ".join(f"0000{code:02x}{ndim:02x}" for code in _TYPES)
     if len(content) < start or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] != ndim:
-        types = " or ".join(f"0000{code:02x}{ndim:02x}" for code in _TYPES)
-        found = content[:4].hex() or "nothing"
-        raise ValueError(f"{path}: expected an IDX file that starts with {types} (hex), found {found}: copy it again")
+        sound = len(content) > 4 and content[:2] == b"\0\0" and 0x08 <= content[2] <= 0x0E  # of another kind
+        expected = f"an IDX file of {ndim} dimensions, of unsigned bytes or float32, which starts with {types} (hex)"
+        found = (content[:4].hex() or "nothing") + ("" if sound else ": copy it again")
+        raise ValueError(f"{path}: expected {expected}, found {found}")
     shape, dtype = struct.unpack_from(f">{ndim}I", content, 4), _TYPES[content[2]]
     expected, found = math.prod(shape) * dtype.itemsize, len(content) - start
     if expected != found:
@@ -99,22 +110,57 @@ def pixels(x):
     return x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
 
 
-def check_new_file(path):
-    """Raise ValueError if no such file can be written."""
-    with contextlib.suppress(OSError):
-        if not path.is_dir():
-            tempfile.TemporaryFile(dir=path.parent).close()
-            return
-    raise ValueError(f"{path}: expected a file in a folder to write to, found none")
+def check_new_file(path, stream=False):
+    """Raise ValueError if `save_weights`, or, to a stream, `open_log`, cannot write there."""
+    exists, good = os.path.exists(path), False
+    if not exists or os.access(path, os.W_OK) and (os.path.isfile(path) or stream and not os.path.isdir(path)):
+        with contextlib.suppress(OSError):  # links are written through
+            if not (exists and stream):
+                tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+            good = True
+    if not good:
+        kind = "a file" if stream else "a regular file"
+        raise ValueError(f"{path}: expected {kind} in a folder to write to, found none")
+
+
+@contextlib.contextmanager
+def open_log(path, settings, columns, goes_on=False):
+    """A CSV file, which begins with what it takes to repeat its numbers -> a function that writes a row of them.
+
+    A log that goes on gets no row twice, and what a kill has cut is ended first.
+    """
+    text = pathlib.Path(path).read_text("utf-8", "replace") if goes_on and os.path.isfile(path) else ""
+    known = {row.partition(",")[0] for row in text.splitlines(keepends=True) if row.endswith("\n")}
+
+    def write(*values):
+        row = [f"{value:.6g}" for value in values]
+        if row[0] not in known:
+            print(*row, sep=",", file=log, flush=True)
+
+    with open(path, "a" if goes_on else "w", encoding="utf-8", errors="replace") as log:
+        if not text:
+            print(f"# {json.dumps(settings)}", f"# {provenance()}", ",".join(columns), sep="\n", file=log, flush=True)
+        elif not text.endswith("\n"):
+            print(file=log)
+        yield write
+
+
+def provenance():
+    """What a number depends on beside the settings: versions, machine, date."""
+    info = pathlib.Path("/proc/cpuinfo")  # Linux has no better way
+    text = info.read_text("utf-8", "replace") if info.exists() else ""
+    cpu = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    return f"{versions}; {platform.platform()}, {cpu}; {time.strftime('%Y-%m-%d')}"
 
 
 def save_weights(path, params, **arrays):
     """[(W, b), ...] as W1, b1, ... in an .npz file, and what else there is: complete or not at all."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.realpath(path))  # through a link
     arrays = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)} | arrays
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # another run may write, too
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -125,11 +171,15 @@ def save_weights(path, params, **arrays):
 
 
 def load_weights(path):
-    """The inverse -> params, arrays. Raises ValueError if they, or `moments`, are not finite float32 that fit."""
+    """The inverse -> params, arrays, `settings` among them as a dict, empty if there are none.
+
+    Raises ValueError if params, or `moments`, are not finite float32 that fit, or settings are no JSON object.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
+        arrays["settings"] = dict(json.loads(str(arrays.get("settings", "{}"))))
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
@@ -162,4 +212,5 @@ def _find(folder, name):
     for spelling in spellings:
         if (folder / spelling).is_file():
             return folder / spelling
-    raise FileNotFoundError(f"{folder}: expected one of {', '.join(spellings)}, found none")
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(f"{folder}: expected an IDX file, one of {', '.join(spellings)}, found {found}")

@@ -110,10 +110,12 @@ class hardware_ftz:
     ------
     RuntimeError : on entering, if the platform is not known, sets the flags without any effect (some
         emulators and instrumenting tools) or has one flag for both and is asked for one.
-    TypeError : it decorates a generator or coroutine, whose body would run outside.
+    TypeError : it decorates a generator or coroutine, whose body would run outside. ValueError : `daz` or
+        `ftz` is anything but True or False, as in `@hardware_ftz` without parentheses.
     """
 
     def __init__(self, daz=True, ftz=True):
+        _require(daz in (True, False) and ftz in (True, False), "daz, ftz", "True or False", f"{daz}, {ftz}")
         self.ftz, self.daz, self.undo = bool(ftz), bool(daz), []
 
     def __enter__(self):
@@ -141,8 +143,7 @@ def _switch(ftz, daz):
     fenv_t, read, write, register, mask, ftz_bit, daz_bit = _fpu_control()
 
     def switch():
-        env = fenv_t()
-        read(env)
+        read(env := fenv_t())
         saved = env[register]
         env[register] = saved & ~mask | ftz * ftz_bit | daz * daz_bit
         write(env)
@@ -163,11 +164,11 @@ def _switch(ftz, daz):
 def _fpu_control():
     """fenv_t, the functions that read and write one, and what a row of _FENV has after its size."""
     system, machine = platform.system(), platform.machine()
-    if system == "Windows":  # _MCW_DN is 0x03000000 and _DN_FLUSH, 1 << 24, is both at once
-        control = ctypes.PyDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
-        read, write = lambda env: env.__setitem__(0, control(0, 0)), lambda env: control(env[0], 0x03000000)
-        return ctypes.c_uint32 * 1, read, write, 0, 0x03000000, 1 << 24, 1 << 24
     try:
+        if system == "Windows":  # _MCW_DN is 0x03000000 and _DN_FLUSH, 1 << 24, is both at once
+            control = ctypes.PyDLL("ucrtbase")._controlfp  # (new, mask) -> the word as it is then
+            read, write = lambda env: env.__setitem__(0, control(0, 0)), lambda env: control(env[0], 0x03000000)
+            return ctypes.c_uint32 * 1, read, write, 0, 0x03000000, 1 << 24, 1 << 24
         library, words, *where = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
         libm = ctypes.PyDLL(library)  # PyDLL keeps the GIL: faster
         return ctypes.c_uint32 * words, libm.fegetenv, libm.fesetenv, *where
@@ -234,8 +235,8 @@ def add(a, b, daz=True, tininess="after"):
 
     Raises
     ------
-    TypeError : an operand is not float32. ValueError : an unknown `tininess`, or shapes that do not
-    broadcast.
+    TypeError : an operand is not float32. ValueError : an unknown `tininess` or `daz`, or shapes that do
+    not broadcast.
     """
     return _flushed(np.add, a, b, daz, tininess)
 
@@ -264,6 +265,7 @@ LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 @_ieee
 def _flushed(op, a, b, daz, tininess):
     _require(tininess in ("after", "before"), "tininess", '"after" or "before"', repr(tininess))
+    _require(daz in (True, False), "daz", "True or False", repr(daz))
     a, b = (flush(a), flush(b)) if daz else (_float32(a), _float32(b))
     with np.nditer([a, b, None], ["external_loop", "buffered", "zerosize_ok"], buffersize=1 << 15) as chunks:
         for x, y, result in chunks:  # few enough elements for the temporaries to stay in the cache
@@ -298,8 +300,8 @@ def _check(params, x, ftz=True, scale=SCALE, transfer=None):
     width = _float32(x, "x").shape[-1] if np.ndim(x) == 2 else f"shape {np.shape(x)}"
     _require(len(params) > 0, "params", "[(W, b), ...], a pair a layer", params)
     for i, (W, b) in enumerate(params, 1):
-        fits = _float32(W, f"W{i}").ndim == 2 and len(W) == width and _float32(b, f"b{i}").shape == W.shape[1:]
-        _require(fits, f"layer {i}", f"W [{width}, width], b [width]", f"{W.shape}, {np.shape(b)}, which do not fit")
+        fits = _float32(W, f"W{i}").ndim == 2 and len(W) == width and _float32(b, f"b{i}").shape == W.shape[1:] != (0,)
+        _require(fits, f"layer {i}", f"W [{width}, n], b [n], n > 0", f"{W.shape}, {np.shape(b)}, which do not fit")
         width = W.shape[1]
     _require(ftz in (True, False, "hardware"), "ftz", 'True, False or "hardware"', repr(ftz))
     _check_scale(scale)
@@ -340,11 +342,10 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """
     _check(params, x, ftz, scale, transfer)
     if transfer is not None:
-        hs = []
-        for l, (W, b) in enumerate(params, 1):
-            x = x @ W + b
-            hs.append(x := transfer(x) if l < len(params) else x)
-        return hs
+        hs = [x]
+        for (W, b), t in zip(params, [transfer] * (len(params) - 1) + [np.positive]):
+            hs.append(t(hs[-1] @ W + b))
+        return hs[1:]
     plus, _, over = _arithmetic(ftz)
     (W, b), *later = params
     hs = [over(plus(x @ W, b), scale)]
@@ -479,11 +480,12 @@ def _acts(l, ftz=True, scale=SCALE, transfer=None):
     return l == 0 or not ftz or transfer is not None
 
 
-def _check_es(params, x, labels, sigma, block, losses, **net):
+def _check_es(params, x, labels, sigma, block, losses, control_variate, **net):
     _check(params, x, **net)
     n, classes, least = len(x), len(params[-1][1]), net.get("scale", SCALE) * TINY
     good = isinstance(sigma, numbers.Real) and TINY <= float32(sigma) < np.inf and isinstance(block, numbers.Integral)
     _require(good and block >= 1, "sigma, block", "a finite number > 0, an integer >= 1", f"{sigma}, {block}")
+    _require(control_variate in (True, False), "control_variate", "True or False", repr(control_variate))
     _require(np.shape(labels)[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {np.shape(labels)}")
     inert = all(_acts(l, **net) or np.abs(b).max() < least for l, (_, b) in enumerate(params))
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
@@ -494,8 +496,8 @@ def _check_es(params, x, labels, sigma, block, losses, **net):
 @_ieee
 def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
     """`es_gradient` literally: example by example and member by member, each a network with mutated weights."""
-    _check_es(params, x, labels, sigma, block, losses, **net)
-    unit, last = 1 if net.get("transfer") else net.get("scale", SCALE), len(params) - 1
+    _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
+    unit, last = net.get("scale", SCALE) if net.get("transfer") is None else 1, len(params) - 1
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]  # of [W; b]
     for i, signs in enumerate(mutation_signs(rng, params, len(x)).astype(float32)):
         example, label, above = x[i : i + 1], labels[i : i + 1], None
@@ -532,7 +534,7 @@ def _layers(params, ftz=True, scale=SCALE, transfer=None):
             z *= np.abs(z) >= scale * TINY
         return z
 
-    ts = [transfer or dead_zone] * (len(params) - 1) + [np.positive if transfer else dead_zone]
+    ts = [dead_zone] * len(params) if transfer is None else [transfer] * (len(params) - 1) + [np.positive]
     return [(W, b[:, None] * _acts(l, ftz, scale, transfer), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
 
 
@@ -570,14 +572,13 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
     for W, b, t in layers:
         sums.append(W.T @ a[-1] + b)
         a.append(t(sums[-1].copy()))
-    sums.append(a[-1])  # what a change of the logits is added to
     signs = np.split(signs.T.astype(float32), np.cumsum([len(b) for _, b in params])[:-1])
     mirror, slopes = np.array([[1], [-1]], float32), [None] * len(layers)
     for l, (e, (_, _, t)) in reversed([*enumerate(zip(signs, layers))]):
         k, hidden = (min(block, len(e)), True) if l + 1 < len(layers) else (1, False)
         shift = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(_acts(l, **net)))  # sigma |a|, [n]
         h = t(sums[l][:, None] + mirror * (e * shift)[:, None])  # of members and mirror images, [width, 2, n]
-        L = _member_losses(layers, l, k, h - a[l + 1][:, None], sums[l + 1], labels, losses)  # [blocks, 2, n]
+        L = _member_losses(layers, l, k, h - a[l + 1][:, None], [*sums, a[-1]][l + 1], labels, losses)  # [blocks, 2, n]
         r, c, p = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and hidden:
             p = c * (params[l + 1][0] @ slopes[l + 1])
@@ -605,7 +606,7 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=8, losses=cross_entrop
     outputs, slopes : lists of h [width, n] of each hidden layer and s [width, n] of each layer, float32, an
         example a column. With the layer's input a, x.T or the h below, a s^T / n is the gradient of W.
     """
-    _check_es(params, x, labels, sigma, block, losses, **net)
+    _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
     signs, shape = np.asarray(signs), (len(x), sum(len(b) for _, b in params))
     _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
     return _task_slopes(params, sigma, block, losses, control_variate, net, (x, labels, signs))
@@ -650,7 +651,7 @@ def es_gradient(
     and, with the flush, later biases of S TINY (1/2) or more, which do not flush: training makes none.
     RuntimeError : "hardware" where `hardware_ftz` raises it.
     """
-    _check_es(params, x, labels, sigma, block, losses, **net)
+    _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
     n, signs = len(x), mutation_signs(rng, params, len(x))
     tasks = [tuple(rows[i : i + TASK] for rows in (x, labels, signs)) for i in range(0, n, TASK)]
     slopes_of = functools.partial(_task_slopes, params, sigma, block, losses, control_variate, net)
@@ -676,7 +677,7 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
     """
     _require(isinstance(step, numbers.Integral) and step >= 1, "step", "an integer >= 1", step)
     rates = lr, weight_decay, beta1, beta2, eps
-    good = all(0 <= rate < np.inf for rate in rates) and max(beta1, beta2) < 1 and float32(eps) > 0
+    good = all(0 <= float32(rate) < np.inf for rate in rates) and max(beta1, beta2) < 1 and float32(eps) > 0
     _require(good, "lr, weight_decay, beta1, beta2, eps", "finite numbers from 0 on, beta < 1, eps > 0", rates)
     leaves = [_leaves(tree) for tree in (p, g, m, v)]
     shapes = [[_float32(a, name).shape for a in arrays] for name, arrays in zip("pgmv", leaves)]

@@ -1426,8 +1426,16 @@ def test_a_missing_file_or_folder(tmp_path):
         data.load(tmp_path / "nowhere")
     write_set(tmp_path)
     (tmp_path / LABELS).unlink()
-    with pytest.raises(FileNotFoundError, match="expected one of t10k-labels-idx1-ubyte, .*idx1-ubyte.gz, found none"):
+    says = "expected an IDX file, one of t10k-labels-idx1-ubyte, .*idx1-ubyte.gz, found t10k-images-idx3-ubyte, train-"
+    with pytest.raises(FileNotFoundError, match=says):
         data.load(tmp_path)
+    (tmp_path / "kaggle").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected an IDX file, one of train-images.*, found nothing"):
+        data.load(tmp_path / "kaggle")
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / "kaggle" / name).write_text("label,pixel0")
+    with pytest.raises(FileNotFoundError, match="expected an IDX file, one of .*, found test.csv, train.csv$"):
+        data.load(tmp_path / "kaggle")
 
 
 # --- The command ------------------------------------------------------------------------------------
@@ -1691,26 +1699,26 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--sigma", 0], "argument --sigma: expected a finite number from 1e-09, found 0"),
-        (["--sigma", "nan"], "argument --sigma: expected a finite number from 1e-09, found nan"),
+        (["--sigma", 0], "argument --sigma: expected a number from 1e-09 to 1e+09, found 0"),
+        (["--sigma", "nan"], "argument --sigma: expected a number from 1e-09 to 1e+09, found nan"),
         (["--sigma", "big"], "argument --sigma: invalid float value: 'big'"),
-        (["--block", 0], "argument --block: expected a finite number from 1, found 0"),
-        (["--batch", 0], "argument --batch: expected a finite number from 1, found 0"),
+        (["--block", 0], "argument --block: expected a number from 1 to 1e+06, found 0"),
+        (["--batch", 0], "argument --batch: expected a number from 1 to 1e+06, found 0"),
         (["--batch", 60001], "--batch: expected at most the 60000 training images, found 60001"),
         (["--validation", 60000], "validation: expected fewer than the 60000 training images, found 60000"),
         (["--jitter", 0.1], "unrecognized arguments: --jitter 0.1"),
-        (["--epochs", -1], "argument --epochs: expected a finite number from 0, found -1"),
-        (["--epochs", "inf"], "argument --epochs: expected a finite number from 0, found inf"),
-        (["--lr", "-0.1"], "argument --lr: expected a finite number from 0, found -0.1"),
+        (["--epochs", -1], "argument --epochs: expected a number from 0 to 1e+06, found -1"),
+        (["--epochs", "inf"], "argument --epochs: expected a number from 0 to 1e+06, found inf"),
+        (["--lr", "-0.1"], "argument --lr: expected a number from 0 to 1e+38, found -0.1"),
         (["--weight-decay", "x"], "argument --weight-decay: invalid float value: 'x'"),
-        (["--workers", 0], "argument --workers: expected a finite number from 1, found 0"),
+        (["--workers", 0], "argument --workers: expected a number from 1 to 1e+06, found 0"),
         (["--log", "/"], "/: expected a file in a folder to write to, found none"),
-        (["--seed", -1], "argument --seed: expected a finite number from 0, found -1"),
+        (["--seed", -1], "argument --seed: expected a number from 0 to inf, found -1"),
         (["--flush", "maybe"], "argument --flush: invalid choice: 'maybe'"),
         (["--data", "/nowhere"], "/nowhere: expected a folder with the four files of MNIST, found none"),
         (
             ["--save", "/nowhere/w.npz"],
-            "/nowhere/w.npz: expected a file in a folder to write to, found none",
+            "/nowhere/w.npz: expected a regular file in a folder to write to, found none",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
@@ -2014,8 +2022,8 @@ def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):
 @pytest.mark.parametrize(
     ("missing", "options", "says"),
     [
-        ("mpi4py", "--engine mpi", "--engine mpi: expected packages that are not here: pip install mpi4py mpich"),
-        ("distributed", "--engine dask", "--engine dask: expected packages that are not here: pip install distributed"),
+        ("mpi4py", "--engine mpi", "--engine mpi: expected its packages: pip install mpi4py mpich"),
+        ("distributed", "--engine dask", "--engine dask: expected its packages: pip install distributed"),
         (
             None,
             "--scheduler tcp://127.0.0.1:9",
@@ -2129,7 +2137,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     if os.geteuid() == 0:  # whom no mode stops
         folder = "/proc"
     done = run("--save", f"{folder}/w.npz", check=False)
-    expected = f"train.py: error: {folder}/w.npz: expected a file in a folder to write to, found none\n"
+    expected = f"train.py: error: {folder}/w.npz: expected a regular file in a folder to write to, found none\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, expected, "")
 
 

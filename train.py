@@ -41,6 +41,8 @@ import time
 
 import numpy as np
 
+if __name__ == "__main__":  # also where Python leaves the script's folder out: -I, PYTHONSAFEPATH
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import data
 import fpnl
 
@@ -49,13 +51,13 @@ INIT, ORDER, SIGNS = range(3)  # random streams of a seed
 PRESETS = {"best": {"epochs": 150, "control_variate": True}}
 
 
-def number(kind, low):
-    """A type for argparse: a finite number from low on."""
+def number(kind, low, high):
+    """A type for argparse: a number from low to high."""
 
     def parse(text):
-        if low <= (value := kind(text)) < math.inf:
+        if low <= (value := kind(text)) <= high:
             return value
-        raise argparse.ArgumentTypeError(f"expected a finite number from {low}, found {text}")
+        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text}")
 
     parse.__name__ = kind.__name__
     return parse
@@ -68,7 +70,7 @@ def option(default, says, **how):
     return dataclasses.field(default=default, metadata={"help": f"{says} {DEFAULT}", **how})
 
 
-COUNT, SIZE = number(int, 1), number(float, 0)
+COUNT, SIZE, LONG = number(int, 1, 1e6), number(float, 0, 1e38), number(float, 0, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +83,16 @@ class Settings:
     method: str
     flush: str  # "on" or "off"
     # fmt: off
-    validation: int = option(0, "hold out the last N training images", type=number(int, 0), metavar="N")
+    validation: int = option(0, "hold out the last N training images", type=number(int, 0, 1e9), metavar="N")
     hidden: tuple = option(fpnl.SIZES[1:-1], "hidden layers", type=COUNT, nargs="*", metavar="N")
-    epochs: float = option(30, "passes over the training images; fractions too, 0 evaluates", type=SIZE)
+    epochs: float = option(30, "passes over the training images; fractions too, 0 evaluates", type=LONG)
     batch: int = option(512, "images a step", type=COUNT)
-    sigma: float = option(0.02, "size of a mutation of a unit's weights", type=number(float, 1e-9))
+    sigma: float = option(0.02, "size of a mutation of a unit's weights", type=number(float, 1e-9, 1e9))
     block: int = option(8, "units mutated together: more, and a step is quicker and noisier", type=COUNT)
     control_variate: bool = option(False, "less noise in a block", action=argparse.BooleanOptionalAction)
     lr: float = option(1e-3, "AdamW's learning rate, falling to zero as a cosine", type=SIZE)
     weight_decay: float = option(1.0, "AdamW's decoupled decay", type=SIZE)
-    seed: int = option(0, "of the weights, the order of the images and the mutations", type=number(int, 0))
+    seed: int = option(0, "of the weights, the order of the images and the mutations", type=number(int, 0, math.inf))
     # fmt: on
 
     @property
@@ -111,8 +113,8 @@ class Run:
     sets: tuple  # images and labels to train on, images and labels of the other set
     net: dict  # ftz and transfer, as fpnl takes them
     method: object  # what measures slopes: see `es`
-    floats: object  # memory that the processes share, or weights alone
-    control: object = None  # the same: DONE, ASKED, STOPPED, ENDED
+    floats: object  # weights, moments and columns of a batch, or weights alone
+    control: object = None  # DONE, ASKED, STOPPED, ENDED
     barrier: object = None
     update: object = fpnl.adamw
 
@@ -160,24 +162,27 @@ def train(args, method=es, transfer=None):
     """One run as the arguments say -> (loss, accuracy, live units ...) on the training set and on the other."""
     run, first, before, held_out = begin(args, method, transfer)
     crew = elsewhere if args.engine in REMOTE else here
-    with crew(args, run) as (everyone, descend, n), open_log(args, run, held_out) as log, interruptible(run.control):
-        report = Report(args, run, log, first, before, held_out, n)
-        for step, following in itertools.pairwise([*reports(args, run, first), None]):
+    columns = "epoch", "seconds", "loss", "train", held_out, *(f"live{l + 1}" for l in range(len(run.params)))
+    log = data.open_log(args.log or os.devnull, dataclasses.asdict(run.settings), columns, goes_on=args.resume)
+    with crew(args, run) as (run, everyone, descend, n), log as write, interruptible(run.control):
+        report, step, later = Report(args, run, write, first, before, held_out, n), first, reports(args, run, first)
+        while True:
             seconds, (trained, held) = report.seconds(), (score(everyone(evaluate, which)) for which in (0, 2))
-            report.row(step, seconds, trained, held)
             if not math.isfinite(trained[0]):
                 raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
             save(args.save, run, step=step, seconds=report.seconds())
-            if following is None or args.until_test is not None and held[1] >= args.until_test:
+            report.row(step, seconds, trained, held)
+            if step >= run.steps or args.until_test is not None and held[1] >= args.until_test:
                 break
-            reached = descend(step, following, tick=report.live)
-            if run.control[STOPPED]:
-                save(args.save, run, step=reached, seconds=report.seconds())
-                raise KeyboardInterrupt(f"interrupted after step {reached} of {run.steps}", run.control[STOPPED])
+            if run.control[ASKED]:
+                kept = f"; go on with --resume {args.save}" if args.save else ""
+                raise KeyboardInterrupt(f"interrupted after step {step} of {run.steps}{kept}", run.control[ASKED])
+            step = descend(step, next(later), tick=report.live)
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {report.seconds():.0f}", flush=True)
     return trained, held
 
 
+@np.errstate(all="ignore")
 def steps(run, first, last, rank=0, workers=1, measured=measure):
     """The steps from `first` to `last` by one of the workers, who meet twice a step -> steps done.
 
@@ -270,7 +275,10 @@ def begin(args, method, transfer):
     run = fresh(settings, sets, {"ftz": FTZ[args.flush], "transfer": transfer}, method)
     if args.resume:
         params, moments, step, seconds, saved = read_run(args.resume)
-        refuse_other_settings(settings, saved, args.resume)
+        for name, found in dataclasses.asdict(settings).items():
+            if found != (expected := getattr(saved, name)):
+                says = f"--{name.replace('_', '-')}: expected {expected} as in {args.resume}, found {found}"
+                raise ValueError(f"{says}: they and the learning rates over all epochs are fixed from the start")
         run.weights[...], run.moments[...] = flattened(params), moments
     return run, step, seconds, "validation" if args.validation else "test"
 
@@ -278,24 +286,25 @@ def begin(args, method, transfer):
 def fresh(settings, sets, net, method, update=fpnl.adamw):
     """A run at its start, for one worker; others can share its memory."""
     floats = sum(3 * (i + 1) * o + settings.batch * (i + 1 + o) for i, o in itertools.pairwise(settings.sizes))
-    memory = multiprocessing.RawArray("f", floats), multiprocessing.RawArray("q", 4)
+    memory = np.zeros(floats, np.float32), np.zeros(4, np.int64)
     run = Run(settings, sets, net, method, *memory, threading.Barrier(1), update)
     run.weights[...] = flattened(fpnl.init(np.random.default_rng((settings.seed, INIT)), settings.sizes))
     return run
 
 
 def reports(args, run, first):
-    """The steps with a report: the first, the last, and some between; at least twice an epoch for --until-test."""
+    """The steps with a report after the first, the last of all among them; twice an epoch or more for --until-test."""
     count = args.reports if args.until_test is None else max(args.reports, math.ceil(2 * args.epochs))
-    return sorted({first} | {step for i in range(count + 1) if (step := round(i * run.steps / count)) > first})
+    return iter(sorted({step for i in range(count + 1) if (step := round(i * run.steps / count)) > first}))
 
 
 class Report:
     """What a run prints: a title, rows, which the log has, too, and on a terminal a live line between them."""
 
-    def __init__(self, args, run, log, first, before, held_out, workers):  # step and seconds that it begins with
-        self.args, self.run, self.log, self.first, self.before = args, run, log, first, before
+    def __init__(self, args, run, write, first, before, held_out, workers):  # step and seconds that it begins with
+        self.args, self.run, self.write, self.first, self.before = args, run, write, first, before
         self.began, s = time.perf_counter(), run.settings
+        self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.say(
             f"{'-'.join(map(str, s.sizes))} network, {run.weights.size:,} weights; {len(run.sets[0]):,} images, "
             f"{run.steps:,} steps of {s.batch}; {s.method}, seed {s.seed}, flush {args.flush}, {workers} workers\n"
@@ -303,9 +312,9 @@ class Report:
         )
 
     def say(self, text, live=False):
-        if not self.args.quiet and (sys.stdout.isatty() or not live):
+        if not self.args.quiet and (self.terminal or not live):
             text = text[: shutil.get_terminal_size().columns - 1] if live else text
-            print("\r\x1b[K" * sys.stdout.isatty() + text, end="" if live else "\n", flush=True)
+            print("\r\x1b[K" * self.terminal + text, end="" if live else "\n", flush=True)
 
     def seconds(self):
         return self.before + time.perf_counter() - self.began
@@ -317,33 +326,14 @@ class Report:
     def row(self, step, seconds, trained, held):
         self.loss, shares = trained[0], "".join(f" {share:.2f}" for share in trained[2:])
         row = step / self.run.steps_per_epoch, seconds, *trained[:2], held[1]
+        self.write(*row, *trained[2:])
         self.say("{:6.2f} {:8.1f} {:8.4f} {:7.4f} {:10.4f}  ".format(*row) + shares + self.left(step))
-        print(*(f"{value:.6g}" for value in (*row, *trained[2:])), sep=",", file=self.log, flush=True)
 
     def live(self):
         step, run = max(self.first, self.run.control[DONE]), self.run
         speed = (step - self.first) * run.settings.batch / (self.seconds() - self.before)
         done = f"step {step}, epoch {step / run.steps_per_epoch:.2f}, loss {self.loss:.4f}"
         self.say(f"{done}, {speed:.0f} images/s,{self.left(step)} left", live=True)
-
-
-def open_log(args, run, held_out):
-    """--log FILE.csv: comments with what it takes to repeat the run, a header, then a row a report."""
-    log = open(args.log or os.devnull, "a" if args.resume else "w")
-    if not log.tell():  # else it goes on, too
-        header = ["epoch", "seconds", "loss", "train", held_out, *(f"live{l + 1}" for l in range(len(run.params)))]
-        print(
-            f"# {json.dumps(dataclasses.asdict(run.settings))}\n# {provenance()}", ",".join(header), sep="\n", file=log
-        )
-    return log
-
-
-def provenance():
-    """What a number depends on beside the settings: versions, machine, date."""
-    info = pathlib.Path("/proc/cpuinfo")  # Linux has no better way
-    cpu = info.read_text().partition("model name\t: ")[2].partition("\n")[0] if info.exists() else platform.processor()
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{versions}; {platform.platform()}, {cpu or platform.machine()}; {time.strftime('%Y-%m-%d')}"
 
 
 @contextlib.contextmanager
@@ -365,28 +355,31 @@ def interruptible(control):
 # --- Workers -------------------------------------------------------------------------------------------
 #
 # Here, they share memory, and each is handed all the steps up to the next report. Elsewhere, each is handed the weights
-# once a step and returns the slopes of its tasks. Either gives everyone(work, *args), the results of all workers,
-# descend(first, last, tick=), which does the steps and calls `tick` at times, and the number of workers.
+# once a step and returns the slopes of its tasks. Either gives the run that they work on, everyone(work, *args), the
+# results of all workers, descend(first, last, tick=), which does the steps and calls `tick` at times, and their number.
 
 
 @contextlib.contextmanager
 def here(args, run):
-    n = min(args.workers, 61) if sys.platform == "win32" else args.workers  # processes that Windows can wait for
-    threads = args.engine == "threads" or n == 1 and not START
-    run = dataclasses.replace(run, barrier=(threading if threads else multiprocessing.get_context(START)).Barrier(n))
+    n, threads = args.workers, args.engine == "threads" or args.workers == 1 and not START
     if threads:
-        pool = concurrent.futures.ThreadPoolExecutor(n)
-        submit = functools.partial(pool.submit, do, run)
+        run, pool = dataclasses.replace(run, barrier=threading.Barrier(n)), concurrent.futures.ThreadPoolExecutor(n)
     else:
-        pool = concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context(START), enter, (run,))
-        submit = functools.partial(pool.submit, do_entered)
+        try:
+            memory = multiprocessing.RawArray("f", len(run.floats)), multiprocessing.RawArray("q", 4)
+            context, alone = multiprocessing.get_context(START), run
+            run = dataclasses.replace(run, floats=memory[0], control=memory[1], barrier=context.Barrier(n))
+            pool = concurrent.futures.ProcessPoolExecutor(n, context, enter, (run,))
+        except (ImportError, OSError, NotImplementedError) as error:
+            raise OSError(f"expected memory that processes can share, found {error}: try --engine threads") from error
+        run.weights[...], run.moments[...] = alone.weights, alone.moments
 
     def everyone(work, *given, tick=lambda: None):
-        return gathered([submit(work, *given, rank, n) for rank in range(n)], tick)
+        return gathered([pool.submit(do, threads and run, work, *given, rank, n) for rank in range(n)], tick)
 
     with pool:
         try:
-            yield everyone, lambda *span, tick: everyone(steps, *span, tick=tick)[0], n
+            yield run, everyone, lambda *span, tick: everyone(steps, *span, tick=tick)[0], n
         except BaseException:
             run.control[ASKED] = run.control[ENDED] = 1  # threads end after their step, processes at once
             if threads:
@@ -397,7 +390,10 @@ def here(args, run):
 @contextlib.contextmanager
 def elsewhere(args, run):
     job = os.urandom(16), args.data
-    opened, pool, n = mpi() if args.engine == "mpi" else dask(args.workers, args.scheduler)
+    try:
+        opened, pool, n = mpi() if args.engine == "mpi" else dask(args.workers, args.scheduler)
+    except ImportError as error:
+        raise ValueError(f"--engine {args.engine}: expected its packages: pip install {REMOTE[args.engine]}") from error
 
     def everyone(work, *given):
         task = *job, run.settings, run.net, run.method, run.weights.copy(), work, *given
@@ -408,13 +404,13 @@ def elsewhere(args, run):
         return itertools.chain.from_iterable(everyone(measure, step, images))
 
     with opened:
-        yield everyone, lambda *span, tick: steps(run, *span, measured=functools.partial(measured, tick)), n
+        yield run, everyone, lambda *span, tick: steps(run, *span, measured=functools.partial(measured, tick)), n
 
 
 def mpi():
     from mpi4py import MPI, futures
 
-    if (n := MPI.COMM_WORLD.Get_size() - 1) < 1:
+    if (n := MPI.COMM_WORLD.Get_size() - 1) < 1 or MPI.COMM_WORLD.Get_rank():  # or each of them is a main process
         raise ValueError("--engine mpi: expected workers: mpiexec -n 3 python -m mpi4py.futures train.py ...")
     pool = futures.MPIPoolExecutor()
     return pool, pool, n
@@ -432,7 +428,7 @@ def dask(workers, scheduler):
     return client, client.get_executor(pure=False), len(client.nthreads())
 
 
-entered = None  # the run of a worker process, in which `enter` sets it, once, and `do_entered` hands it on
+entered = None  # the run of a worker process, in which `enter` sets it, once, and `do` hands it on
 
 
 def enter(run):
@@ -449,11 +445,8 @@ def end_in_time(control):
     os._exit(1)
 
 
-def do_entered(work, *args):
-    return do(entered, work, *args)
-
-
 def do(run, work, *args):
+    run = run or entered
     try:
         return work(run, *args)
     except BaseException:
@@ -487,13 +480,6 @@ def gathered(futures, tick=lambda: None):
 # --- Files ---------------------------------------------------------------------------------------------
 
 
-def refuse_other_settings(settings, saved, path):
-    for name, found in dataclasses.asdict(settings).items():
-        if found != (expected := getattr(saved, name)):
-            why = "they and the learning rates over all epochs are fixed from the start"
-            raise ValueError(f"--{name.replace('_', '-')}: expected {expected} as in {path}, found {found}: {why}")
-
-
 def save(path, run, **spent):
     """W1, b1, ... and what --resume needs, if there is a path."""
     if path:
@@ -504,32 +490,31 @@ def save(path, run, **spent):
 def read_run(path):
     """Weights [(W, b), ...], moments, steps done, seconds spent and settings of a run that --save has kept."""
     params, arrays = data.load_weights(path)
+    inputs, *hidden, classes = len(params[0][0]), *(len(b) for _, b in params)
+    sizes = {"inputs": inputs, "hidden": tuple(hidden), "classes": classes}
     try:
-        moments, step, seconds = arrays["moments"], int(arrays["step"]), float(arrays["seconds"])
-        saved = json.loads(str(arrays["settings"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a run saved by --save, found weights alone") from error
-    if saved.keys() != Settings.__annotations__.keys():
-        raise ValueError(f"{path}: expected a run of this train.py, found another's, of use for --evaluate alone")
-    return params, moments, step, seconds, Settings(**saved | {"hidden": tuple(saved["hidden"])})
+        moments, step, seconds = arrays["moments"], number(int, 0, math.inf)(arrays["step"]), SIZE(arrays["seconds"])
+        return params, moments, step, seconds, Settings(**arrays["settings"] | sizes)
+    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        found = "another's" if arrays["settings"] else "weights alone"
+        raise ValueError(f"{path}: expected a run of this train.py, found {found}, of use for --evaluate") from error
 
 
 def evaluate_file(args):
     """--evaluate: accuracy, confusion matrix and recalls of saved weights on the test set; with --predict,
     a label a line for the images of an IDX file."""
     params, arrays = data.load_weights(args.evaluate)
-    chosen = json.loads(str(arrays["settings"])) if "settings" in arrays else {}
-    if (method := chosen.get("method", "es")) != "es":
+    if (method := arrays["settings"].get("method", "es")) != "es":
         raise ValueError(f"{args.evaluate}: expected weights of ES, found those of {method}")
-    flush = FTZ["off" if chosen.get("flush") == "off" else args.flush]
-    images, *labels = [data.read_idx(args.predict, 3)] if args.predict else data.load(args.data)[2:]
-    x = images.reshape(len(images), math.prod(images.shape[1:]))
+    flush = FTZ["off" if arrays["settings"].get("flush") == "off" else args.flush]
+    x, *labels = [data.read_images(args.predict)] if args.predict else data.load(args.data)[2:]
+    x = x.reshape(len(x), math.prod(x.shape[1:]))
     if x.shape[1] != len(params[0][0]):
         raise ValueError(f"{args.evaluate}: expected weights for {x.shape[1]} pixels, found {len(params[0][0])}")
     pieces = (data.pixels(x[i : i + PIECE]) for i in range(0, len(x), PIECE))
     found = np.array([label for piece in pieces for label in fpnl.forward(params, piece, flush).argmax(axis=1)], int)
     if args.predict:
-        return print(*found, sep="\n")
+        return print("".join(f"{label}\n" for label in found), end="")
     labels, classes = labels[0], max(1 + int(labels[0].max()), params[-1][0].shape[1])
     table = np.bincount(labels * np.int64(classes) + found, minlength=classes**2).reshape(classes, classes)
     print("label  " + "".join(f"{label:6}" for label in range(classes)) + "   <- found    recall")
@@ -542,9 +527,32 @@ def evaluate_file(args):
 # --- The command ---------------------------------------------------------------------------------------
 
 
-def fail(message):
-    print("train.py: error:", *str(message).split(), file=sys.stderr)
-    sys.exit(2)
+@contextlib.contextmanager
+def command():
+    """A program up to its exit status: errors are one line; standard streams may be closed, or take ASCII alone."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except concurrent.futures.BrokenExecutor:
+        fail("a worker was killed, perhaps for want of memory: --resume goes on with what --save has kept")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sys.stdout = open(os.devnull, "w")  # what could not be written is not tried again
+        if isinstance(error, BrokenPipeError):  # who read it has gone: as the signal SIGPIPE
+            sys.exit(141)
+        many = isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
+        fail("expected more memory: try smaller --hidden layers or --batch, or fewer --workers" if many else error)
+    except KeyboardInterrupt as stop:
+        says, number = stop.args or ("interrupted", signal.SIGINT)
+        fail(says, "", 128 + int(number))
+
+
+def fail(message, kind="error: ", status=2):
+    print(f"{pathlib.Path(sys.argv[0]).name}: {kind}{' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def parse_args(argv=None):
@@ -577,8 +585,9 @@ def parse_args(argv=None):
     # fmt: on
     args = parser.parse_args(argv)
     saved = dataclasses.asdict(read_run(args.resume)[-1]) if args.resume else {"flush": "on"}  # others are refused
-    parser.set_defaults(**{name: saved[name] for name in OPTIONS if name in saved})
-    parser.set_defaults(flush="off" if saved["flush"] == "off" else flush, **PRESETS.get(args.preset, {}))
+    texts = {name: v if isinstance(v, (bool, tuple)) else str(v) for name, v in saved.items() if name in OPTIONS}
+    parser.set_defaults(**texts, flush="off" if saved["flush"] == "off" else flush)
+    parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate:
         parser.error("expected --engine dask beside --scheduler, and --evaluate beside --predict, found one alone")
@@ -586,10 +595,11 @@ def parse_args(argv=None):
 
 
 def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cgroup")):
-    """How many this process may use: its affinity (taskset) and the CPU quota of its container (cgroup 2 and 1)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    paths = [line.split(":", 2)[2].strip("/") for line in own.read_text().splitlines()] if own.exists() else []
-    for group in (top / path for path in paths for top in (groups, groups / "cpu")):
+    """How many this process may use: its affinity (taskset) and the CPU quota of its container (cgroup 2 and 1);
+    elsewhere at most 61, the processes that Windows can wait for."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(os.cpu_count() or 1, 61)
+    lines = own.read_text(errors="replace").splitlines() if own.exists() else []
+    for group in (top / line.split(":", 2)[2].strip("/") for line in lines for top in (groups, groups / "cpu")):
         for folder in (group, *group.parents):
             files = (folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
             words = " ".join(file.read_text() for file in files if file.exists()).split()  # microseconds, of a period
@@ -599,32 +609,15 @@ def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cg
 
 
 def main(argv=None):
-    args = None
-    try:
+    with command():
         args = parse_args(argv)
         if args.evaluate:
             return evaluate_file(args)
         for path in filter(None, (args.log, args.save)):
-            data.check_new_file(path)
+            data.check_new_file(path, stream=path is args.log)
         _, held = train(args)
         if args.until_test is not None and held[1] < args.until_test:
             sys.exit(f"train.py: the accuracy ended at {held[1]:.4f}, below {args.until_test}")
-    except ImportError:
-        fail(f"--engine {args.engine}: expected packages that are not here: pip install {REMOTE[args.engine]}")
-    except concurrent.futures.BrokenExecutor:
-        fail(f"a worker process was killed, perhaps for want of memory{goes_on(args)}")
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            error = "expected more memory: try smaller --hidden layers or --batch, or fewer --workers"
-        fail(error)
-    except KeyboardInterrupt as stop:
-        says, number = stop.args or ("interrupted", signal.SIGINT)
-        print(f"train.py: {says}{goes_on(args)}", file=sys.stderr)
-        sys.exit(128 + number)
-
-
-def goes_on(args):
-    return f"; go on with --resume {args.save}" if args and args.save and args.save.exists() else ""
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def noise(options="", steps=(0, 30, 120, 480), batches=12):
 def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):
     run = job(options)
     args = train.parse_args(["--engine", "processes", "--workers", "2", *options.split()])
-    with train.here(args, run) as (_, descend, _):
+    with train.here(args, run) as (_, _, descend, _):
         two, one = in_turn(lambda: descend(20, 24, tick=time.time), lambda: train.steps(run, 20, 24))
     print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
     images, labels = data.pixels(run.sets[0][: max(batches)]), run.sets[1][: max(batches)]
@@ -327,7 +327,7 @@ def engine_step(options):
     args = train.parse_args(options.split())
     run, *_ = train.begin(args, train.es, None)
     crew = train.elsewhere if args.engine in train.REMOTE else train.here
-    with crew(args, run) as (_, descend, _):
+    with crew(args, run) as (_, _, descend, _):
         times = [seconds(lambda k=k: descend(k, k + 1, tick=time.time)) for k in range(3 + ROUNDS)]
     print(statistics.median(times[3:]))
 
@@ -350,7 +350,7 @@ def proportional_bytes(pid):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["engine_step"]:
         sys.exit(engine_step(*sys.argv[2:]))
-    print(train.provenance())
+    print(data.provenance())
     for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory", "engines"):
         print(f"\n--- {section}")
         globals()[section]()

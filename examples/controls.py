@@ -166,7 +166,7 @@ def arguments(folder, row, seed, options):
 def seconds(args, method, transfer, steps=3):
     """That a run will take, its reports left out: from some of its steps."""
     run, *_ = train.begin(args, method, transfer)
-    with train.here(args, run) as (_, descend, _):
+    with train.here(args, run) as (_, _, descend, _):
         descend(0, 1, tick=time.perf_counter)
         began = time.perf_counter()
         descend(1, 1 + steps, tick=time.perf_counter)

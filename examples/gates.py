@@ -214,7 +214,7 @@ def main():
     tasks = [*itertools.product(parts, UNITS, range(args.seeds), [args])]
     tasks = [task for task in tasks if task[0] is parts[0] or task[1] != "underflow"]
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
-        print(f"# python {' '.join(sys.argv)}; {train.provenance()}\nunit,seed,measure,at,value", file=log, flush=True)
+        print(f"# python {' '.join(sys.argv)}; {data.provenance()}\nunit,seed,measure,at,value", file=log, flush=True)
         found = [pool.submit(*task) for task in tasks]
         rows = [(*task[1:3], *row) for task, future in zip(tasks, found) for row in future.result()]
         print(*(",".join(map(str, row[:-1])) + f",{row[-1]:.6g}" for row in rows), sep="\n", file=log)

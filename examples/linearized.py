@@ -260,7 +260,7 @@ def main():
         parser.error(str(error))
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
         print(
-            f"# python {' '.join(sys.argv)}; {train.provenance()}\nmeasure,setting,width,seed,value",
+            f"# python {' '.join(sys.argv)}; {data.provenance()}\nmeasure,setting,width,seed,value",
             file=log,
             flush=True,
         )
