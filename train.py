@@ -29,7 +29,6 @@ import dataclasses
 import errno
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import pathlib
@@ -133,6 +132,7 @@ class Run:
         return Run, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
 DONE, ASKED, STOPPED, ENDED = range(4)  # steps; a signal asks for a stop, which all have seen; the run is over
 
 # --- The loop ----------------------------------------------------------------------------------------
@@ -170,7 +170,9 @@ def train(args, method=es, transfer=None):
             seconds, (trained, held) = report.seconds(), (score(everyone(evaluate, which)) for which in (0, 2))
             if not math.isfinite(trained[0]):
                 raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
-            save(args.save, run, step=step, seconds=report.seconds())
+            if args.save:
+                spent = {"step": step, "seconds": report.seconds()}
+                data.save_weights(args.save, run.params, dataclasses.asdict(run.settings), moments=run.moments, **spent)
             report.row(step, seconds, trained, held)
             if step >= run.steps or args.until_test is not None and held[1] >= args.until_test:
                 break
@@ -286,8 +288,7 @@ def begin(args, method, transfer):
 def fresh(settings, sets, net, method, update=fpnl.adamw):
     """A run at its start, for one worker; others can share its memory."""
     floats = sum(3 * (i + 1) * o + settings.batch * (i + 1 + o) for i, o in itertools.pairwise(settings.sizes))
-    memory = np.zeros(floats, np.float32), np.zeros(4, np.int64)
-    run = Run(settings, sets, net, method, *memory, threading.Barrier(1), update)
+    run = Run(settings, sets, net, method, np.zeros(floats, "f"), np.zeros(4, "q"), threading.Barrier(1), update)
     run.weights[...] = flattened(fpnl.init(np.random.default_rng((settings.seed, INIT)), settings.sizes))
     return run
 
@@ -339,15 +340,14 @@ class Report:
 @contextlib.contextmanager
 def interruptible(control):
     """Ctrl-C and SIGTERM ask for a stop, so that a step is always completed; a second one ends at once."""
-    numbers = signal.SIGINT, signal.SIGTERM
 
     def ask(number, _):
         control[ASKED] = number
-        for each in numbers:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
     with contextlib.ExitStack() as stack:
-        for number in numbers if threading.current_thread() is threading.main_thread() else ():  # no other may
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():  # no other may
             stack.callback(signal.signal, number, signal.signal(number, ask) or signal.SIG_DFL)  # None: not Python's
         yield
 
@@ -412,8 +412,7 @@ def mpi():
 
     if (n := MPI.COMM_WORLD.Get_size() - 1) < 1 or MPI.COMM_WORLD.Get_rank():  # or each of them is a main process
         raise ValueError("--engine mpi: expected workers: mpiexec -n 3 python -m mpi4py.futures train.py ...")
-    pool = futures.MPIPoolExecutor()
-    return pool, pool, n
+    return (pool := futures.MPIPoolExecutor(initializer=deaf)), pool, n
 
 
 def dask(workers, scheduler):
@@ -423,6 +422,8 @@ def dask(workers, scheduler):
     try:
         client = distributed.Client(**{"address": scheduler, "timeout": 5} if scheduler else own)
         client.wait_for_workers(1, timeout=5)
+        if not scheduler:
+            client.run(deaf)
     except OSError as error:  # TimeoutError, too
         raise ValueError(f"--scheduler: expected workers there, found none: dask worker {scheduler}") from error
     return client, client.get_executor(pure=False), len(client.nthreads())
@@ -434,9 +435,14 @@ entered = None  # the run of a worker process, in which `enter` sets it, once, a
 def enter(run):
     global entered
     entered = run
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process's affair
-        signal.signal(number, signal.SIG_IGN)
+    deaf()
     threading.Thread(target=end_in_time, args=(run.control,), daemon=True).start()
+
+
+def deaf():
+    """Signals, which a terminal and a batch system send to all processes, are the main process's affair."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_in_time(control):
@@ -478,13 +484,6 @@ def gathered(futures, tick=lambda: None):
 
 
 # --- Files ---------------------------------------------------------------------------------------------
-
-
-def save(path, run, **spent):
-    """W1, b1, ... and what --resume needs, if there is a path."""
-    if path:
-        settings = json.dumps(dataclasses.asdict(run.settings))
-        data.save_weights(path, run.params, moments=run.moments, settings=settings, **spent)
 
 
 def read_run(path):
