@@ -176,9 +176,9 @@ def train(args, method=es, transfer=None):
             report.row(step, seconds, trained, held)
             if step >= run.steps or args.until_test is not None and held[1] >= args.until_test:
                 break
-            if run.control[ASKED]:
+            if number := int(run.control[ASKED]):
                 kept = f"; go on with --resume {args.save}" if args.save else ""
-                raise KeyboardInterrupt(f"interrupted after step {step} of {run.steps}{kept}", run.control[ASKED])
+                raise KeyboardInterrupt(f"interrupted after step {step} of {run.steps}{kept}", "", 128 + number)
             step = descend(step, next(later), tick=report.live)
     print(f"result: train {trained[1]:.4f} {held_out} {held[1]:.4f} seconds {report.seconds():.0f}", flush=True)
     return trained, held
@@ -545,8 +545,7 @@ def command():
         many = isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
         fail("expected more memory: try smaller --hidden layers or --batch, or fewer --workers" if many else error)
     except KeyboardInterrupt as stop:
-        says, number = stop.args or ("interrupted", signal.SIGINT)
-        fail(says, "", 128 + int(number))
+        fail(*stop.args or ("interrupted", "", 130))
 
 
 def fail(message, kind="error: ", status=2):
@@ -588,8 +587,9 @@ def parse_args(argv=None):
     parser.set_defaults(**texts, flush="off" if saved["flush"] == "off" else flush)
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
-    if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate:
-        parser.error("expected --engine dask beside --scheduler, and --evaluate beside --predict, found one alone")
+    same = args.save and args.save == args.log
+    if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate or same:
+        fail("expected --engine dask beside --scheduler, --evaluate beside --predict, and --log and --save to differ")
     return args
 
 
@@ -597,11 +597,11 @@ def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cg
     """How many this process may use: its affinity (taskset) and the CPU quota of its container (cgroup 2 and 1);
     elsewhere at most 61, the processes that Windows can wait for."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else min(os.cpu_count() or 1, 61)
-    lines = own.read_text(errors="replace").splitlines() if own.exists() else []
+    lines = own.read_text("utf-8", "replace").splitlines() if own.exists() else []
     for group in (top / line.split(":", 2)[2].strip("/") for line in lines for top in (groups, groups / "cpu")):
         for folder in (group, *group.parents):
             files = (folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
-            words = " ".join(file.read_text() for file in files if file.exists()).split()  # microseconds, of a period
+            words = " ".join(file.read_text("ascii") for file in files if file.exists()).split()  # microseconds
             if len(words) == 2 and words[0].isdecimal():  # "max" and -1: no limit
                 count = min(count, math.ceil(int(words[0]) / int(words[1])))
     return count

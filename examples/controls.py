@@ -212,17 +212,16 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=train.COUNT, default=3, metavar="N", help="0, 1, ... of them (default: 3)")
     args, options = parser.parse_known_args()
-    try:
+    with train.command():
         given = train.parse_args(options)
         if given.seed or any((given.log, given.save, given.resume, given.evaluate)):
             raise ValueError(
                 f"expected other options than --seed, --log, --save, --resume, --evaluate, found {options}"
             )
-        compare(args.folder, args.rows, args.seeds, options)
-    except (ValueError, OSError, RuntimeError) as error:
-        train.fail(error)
-    except KeyboardInterrupt as stop:
-        sys.exit(f"{stop}: its weights are in {args.folder}")
+        try:
+            compare(args.folder, args.rows, args.seeds, options)
+        except KeyboardInterrupt:
+            train.fail(f"interrupted: what is done is in {args.folder}", "", 130)
 
 
 if __name__ == "__main__":

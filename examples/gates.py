@@ -201,18 +201,16 @@ def main():
     add("--validation", type=int, default=0, help="last training images held out, to test on them")
     add("--data", default=data.MNIST, help="folder of the four files of MNIST")
     add("--log", default=os.devnull, help="FILE.csv: every number")
+    parser.error = train.fail
     args = parser.parse_args()
     if min(args.seeds, args.width) < 1 or not 0 < args.epochs < math.inf or args.validation < 0:
         says = "expected --seeds and --width >= 1, a finite --epochs > 0 and --validation >= 0"
-        parser.error(f"{says}, found {' '.join(sys.argv[1:])}")
-    try:
-        images(args.data, args.validation)
-        log = open(args.log, "w", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        raise ValueError(f"{says}, found {' '.join(sys.argv[1:])}")
+    images(args.data, args.validation)
     parts = [functools.partial(learn, "ES"), functools.partial(learn, "backprop"), flow, curvature]
     tasks = [*itertools.product(parts, UNITS, range(args.seeds), [args])]
     tasks = [task for task in tasks if task[0] is parts[0] or task[1] != "underflow"]
+    log = open(args.log, "w", encoding="utf-8", errors="backslashreplace")
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
         print(f"# python {' '.join(sys.argv)}; {data.provenance()}\nunit,seed,measure,at,value", file=log, flush=True)
         found = [pool.submit(*task) for task in tasks]
@@ -222,4 +220,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with train.command():
+        main()

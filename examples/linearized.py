@@ -244,20 +244,18 @@ def main():
     add("--seeds", type=int, default=3, help="initialisations; more, up to four times, below width 2048")
     add("--members", type=int, default=200, help="networks in the ensemble, of a middle width")
     add("--log", default=os.devnull, help="FILE.csv: every number")
+    parser.error = train.fail
     args = parser.parse_args()
     widths = sorted(set(args.widths))
     if len(widths) < 2 or widths[0] < 64 or min(args.seeds, args.members) < 2 or args.hidden < 1:
         says = "expected two --widths from 64 on, --seeds and --members from 2 on, --hidden from 1 on"
-        parser.error(f"{says}, found {' '.join(sys.argv[1:])}")
+        raise ValueError(f"{says}, found {' '.join(sys.argv[1:])}")
     tasks = [(ensemble, network, args.hidden, widths[len(widths) // 2 - 1], args.members) for network in NETWORKS]
     for width, classes, network in itertools.product(widths[::-1], (2, 10), NETWORKS):
         seeds = range(args.seeds * min(max(2048 // width, 1), 4))
         tasks += [(study, classes, network, args.hidden, width, seed) for seed in seeds]
-    try:
-        data.load()  # a damaged set ends here and not in a worker
-        log = open(args.log, "w", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    data.load()  # a damaged set ends here and not in a worker
+    log = open(args.log, "w", encoding="utf-8", errors="backslashreplace")
     with log, concurrent.futures.ProcessPoolExecutor() as pool:
         print(
             f"# python {' '.join(sys.argv)}; {data.provenance()}\nmeasure,setting,width,seed,value",
@@ -270,4 +268,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with train.command():
+        main()
