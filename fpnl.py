@@ -487,7 +487,7 @@ def _check_es(params, x, labels, sigma, block, losses, control_variate, **net):
     _require(good and block >= 1, "sigma, block", "a finite number > 0, an integer >= 1", f"{sigma}, {block}")
     _require(control_variate in (True, False), "control_variate", "True or False", repr(control_variate))
     _require(np.shape(labels)[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {np.shape(labels)}")
-    inert = all(_acts(l, **net) or np.abs(b).max() < least for l, (_, b) in enumerate(params))
+    inert = not any(np.abs(b).max() >= least and not _acts(l, **net) for l, (_, b) in enumerate(params))  # NaN is in L
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
     found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
     _require(found == (1, n), "losses", f"[..., {n}] for logits [..., {n}, {classes}]", f"shape {found} for [1, ...]")

@@ -25,6 +25,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -384,6 +385,9 @@ def test_wrong_values_are_value_errors(op):
     function, good = getattr(fpnl, op), np.ones(3, np.float32)
     with pytest.raises(ValueError, match='tininess: expected "after" or "before"'):
         function(good, good, tininess="during")
+    for daz in ("off", "no", 2, None):
+        with pytest.raises(ValueError, match="daz: expected True or False"):
+            function(good, good, daz=daz)
     with pytest.raises(ValueError, match="broadcast"):
         function(good, good[:2])
 
@@ -590,6 +594,19 @@ def test_what_runs_later_cannot_be_decorated(function):
     """Its body would run outside of the mode, silently."""
     with pytest.raises(TypeError, match="hardware_ftz: expected an ordinary function, found .*use `with"):
         fpnl.hardware_ftz()(function)
+
+
+def test_a_flag_is_true_or_false():
+    """Any other string would be taken for true, and a function, decorated without parentheses, for a flag."""
+    for bad in ("off", "no", 2, None):
+        for flags_given in ({"daz": bad}, {"ftz": bad}):
+            with pytest.raises(ValueError, match="daz, ftz: expected True or False"):
+                fpnl.hardware_ftz(**flags_given)
+    with pytest.raises(ValueError, match="daz, ftz: expected True or False, found <function"):
+
+        @fpnl.hardware_ftz
+        def function():
+            pass
 
 
 @pytest.mark.parametrize("compute", [emulated, pytest.param(on_the_cpu, marks=needs_hardware)])
@@ -921,6 +938,23 @@ def test_another_transfer():
         delta = delta @ W.T * (1 - a**2)
 
 
+class Falsy:
+    """A transfer that an `if` would take for none."""
+
+    def __call__(self, z):
+        return np.tanh(z)
+
+    def __len__(self):
+        return 0
+
+
+def test_a_transfer_is_one_whatever_its_truth():
+    params, x, labels = example()
+    for function in (fpnl.es_gradient, fpnl.es_gradient_plain):
+        found, expected = (function(params, x, labels, RNG(0), transfer=t) for t in (Falsy(), np.tanh))
+        assert_same_params(found, expected)
+
+
 def test_signs_are_independent_fair_coins():
     params = [(None, range(width)) for width in (200, 91, 10)]
     signs = fpnl.mutation_signs(RNG(0), params, 1003)
@@ -1148,6 +1182,8 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
         (TypeError, "result of losses: expected float32", {"losses": lambda o, y: calls.append(1) or o.sum(-1, float)}),
         (ValueError, "losses: expected .* for logits", {"losses": lambda o, y: o}),
         (TypeError, "jitter", {"jitter": 0.1}),
+        (ValueError, "do not fit", {"params": [(params[0][0][:, :0], params[0][1][:0])]}),
+        *((ValueError, "control_variate: expected True or False", {"control_variate": v}) for v in ("off", 2, None)),
     ]
     for kind, says, change in cases:
         rng = RNG(0)
@@ -1206,6 +1242,7 @@ def test_adamw_takes_what_es_gradient_returns():
         (ValueError, "step: expected an integer >= 1, found 1.5", (p, g, m, v, 1.5, 0.1)),
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, -0.1)),
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, np.nan)),
+        (ValueError, "lr, weight_decay", (p, g, m, v, 1, 1e300)),
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, 0.1, np.inf)),
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, 0.1, 0, 1.0)),
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, 0.1, 0, 0.9, 0.999, 0.0)),
@@ -1377,8 +1414,8 @@ NAN[3, 2, 1] = np.nan
         (IMAGES, GOOD + b"\0", "expected 1200 bytes for shape .60, 4, 5., found 1201"),
         (IMAGES, GOOD[:10], "starts with"),
         (IMAGES, b"\1" + GOOD[1:], "starts with .*, found 01000803"),
-        (IMAGES, idx(np.zeros((60, 4, 5)), 0x0B), "starts with .*, found 00000b03"),
-        (IMAGES, idx(np.zeros(60)), "starts with .*, found 00000801"),
+        (IMAGES, idx(np.zeros((60, 4, 5)), 0x0B), "of unsigned bytes or float32, .* found 00000b03$"),  # sound, int16
+        (IMAGES, idx(np.zeros(60)), "of 3 dimensions, .* found 00000801$"),
         (IMAGES, idx(np.zeros((60, 4, 6))), "t10k-images.*expected images of .4, 6. as in train-images.*found .4, 5."),
         (IMAGES, idx(np.zeros((0, 4, 5))), "expected images, found shape .0, 4, 5."),
         (IMAGES, idx(np.zeros((59, 4, 5))), "train-labels.*expected 59 labels.*found 60"),
@@ -1444,6 +1481,16 @@ def test_a_missing_file_or_folder(tmp_path):
 def run(*arguments, check=True):
     command = [sys.executable, "train.py", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done
+
+
+def run_program(folder, code, *arguments, check=True):
+    """A program of one's own, mine.py, that imports what the project has."""
+    (folder / "mine.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *map(str, [folder / "mine.py", *arguments])]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
     return done
 
@@ -1560,12 +1607,8 @@ def test_same_seed_same_weights_however_processes_start(slice_of_mnist, short_ru
     options = [str(part) for part in ("--data", slice_of_mnist, *SHORT, "--workers", 2, "--save", tmp_path / "w.npz")]
     lines = ["import multiprocessing, numpy, train", "if __name__ == '__main__':"]
     lines += [f" multiprocessing.set_start_method({method!r})", f" train.main({options!r})"]
-    program = tmp_path / "mine.py"
     for imports in (lines[0], lines[0].replace("numpy, train", "train, numpy")):
-        program.write_text("\n".join([imports, *lines[1:]]))
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "")
+        run_program(tmp_path, "\n".join([imports, *lines[1:]]))
         assert_same_weights(tmp_path / "w.npz", short_run)
 
 
@@ -1574,8 +1617,8 @@ def test_two_trainings_in_two_threads_do_not_meet(slice_of_mnist, short_run, tmp
     """The same settings, and others, at the same time."""
     runs = [(3, "a", "processes", 2), (4, "b", "threads", 2), (3, "c", "processes", 1)]
     common = ["--data", str(slice_of_mnist), *SHORT, "--quiet"]
-    program = tmp_path / "mine.py"
-    program.write_text(
+    run_program(
+        tmp_path,
         f"""
 import concurrent.futures, train
 
@@ -1586,11 +1629,8 @@ def trained(seed, name, engine, workers):
 if __name__ == "__main__":
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(trained, *zip(*{runs!r})))
-"""
+""",
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
     run(*common, "--seed", 4, "--save", tmp_path / "alone")
     for name, expected in (("a", short_run), ("b", saved(tmp_path / "alone")), ("c", short_run)):
         assert_same_weights(tmp_path / name, expected)
@@ -1598,9 +1638,7 @@ if __name__ == "__main__":
 
 def test_a_worker_that_raises_leaves_nobody_waiting(slice_of_mnist, tmp_path):
     """Its error is the one that is told, not those of the workers that would have waited for it."""
-    program = tmp_path / "mine.py"
-    program.write_text(
-        """
+    code = """
 import sys, train
 
 def method(settings, net, params, x, labels, signs):
@@ -1614,11 +1652,9 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(str(error))
 """
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for engine in ("threads", "processes"):
-        command = [sys.executable, program, "--data", slice_of_mnist, *SHORT, "--workers", "3", "--engine", engine]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        options = ["--data", slice_of_mnist, *SHORT, "--workers", "3", "--engine", engine]
+        done = run_program(tmp_path, code, *options, check=False)
         assert (done.returncode, done.stderr) == (1, "of the worker that has the last task\n")
 
 
@@ -1721,6 +1757,11 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
             "/nowhere/w.npz: expected a regular file in a folder to write to, found none",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--epochs", "1e308"], "argument --epochs: expected a number from 0 to 1e+06, found 1e308"),
+        (["--reports", 10**9], "argument --reports: expected a number from 1 to 1e+06, found 1000000000"),
+        (["--hidden", 10**19, 24], "argument --hidden: expected a number from 1 to 1e+06, found 10000000000000000000"),
+        (["--sigma", "1e300"], "argument --sigma: expected a number from 1e-09 to 1e+09, found 1e300"),
+        (["--lr", "1e300"], "argument --lr: expected a number from 0 to 1e+38, found 1e300"),
         (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
     ],
 )
@@ -2027,7 +2068,7 @@ def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):
         (
             None,
             "--scheduler tcp://127.0.0.1:9",
-            "expected --engine dask beside --scheduler, and --evaluate beside --predict, found one alone",
+            "expected --engine dask beside --scheduler, --evaluate beside --predict, and --log and --save to differ",
         ),
         pytest.param(
             None,
@@ -2096,9 +2137,8 @@ def test_resume_takes_over_that_nothing_flushes(small, tmp_path):
 def test_a_full_disk_loses_nothing(small, tmp_path):
     """No file may grow beyond 16 KB: the first save ends the run, the older file stays, and nothing else is left."""
     pytest.importorskip("resource", reason="POSIX limits")
-    path, program = tmp_path / "w.npz", tmp_path / "mine.py"
-    program.write_text(
-        """
+    path = tmp_path / "w.npz"
+    code = """
 import resource, sys, train
 
 def limited(*args, begin=train.begin):  # after the memory for the weights, which is a file to some systems
@@ -2109,15 +2149,13 @@ def limited(*args, begin=train.begin):  # after the memory for the weights, whic
 train.begin = limited
 train.main(sys.argv[1:])
 """
-    )
     run(*small, "--epochs", 1, "--save", path)
+    (tmp_path / "mine.py").write_text(code)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
     assert len(before[0]) > 16384
-    command = [sys.executable, program, *small, "--workers", 1, "--save", path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    done = run_program(tmp_path, code, *small, "--workers", 1, "--save", path, check=False)
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
-    assert len(done.stdout.splitlines()) == 3  # the first report came before
+    assert len(done.stdout.splitlines()) == 2
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
 
 
@@ -2144,18 +2182,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
 @pytest.mark.slow
 def test_the_live_line_never_garbles_the_reports(small):
     """On a terminal: with the live line taken out, what is left is what a pipe shows."""
-    pty = pytest.importorskip("pty", reason="POSIX terminals")
-    ours, theirs = pty.openpty()
-    small = [str(part) for part in [*small, "--epochs", 30, "--reports", 2]]
-    child = subprocess.Popen([sys.executable, "train.py", *small], cwd=ROOT, stdout=theirs)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal
-        while chunk := os.read(ours, 65536):
-            shown += chunk
-    assert child.wait() == 0
-    os.close(ours)
-    text = shown.decode().replace("\r\n", "\n")
+    small = [*small, "--epochs", 30, "--reports", 2]
+    text = on_a_terminal(*small)
     live = re.findall("\r\x1b\\[K(step [^\r\n]*)", text)
     assert live and re.fullmatch(r"step \d+, epoch [\d.]+, loss [\d.]+, \d+ images/s, +\d+ s left", live[0])
     rows = re.sub("\r\x1b\\[K(step [^\r\n]*)?", "", text).splitlines()
@@ -2280,3 +2308,466 @@ def test_a_saved_error_page_is_no_data(small):
     (small[1] / IMAGES).write_bytes(b"<!DOCTYPE html>")
     done = run(*small, check=False)
     assert done.returncode == 2 and done.stderr.endswith("found 3c21444f: copy it again\n")
+
+
+# --- What a user's machine is like --------------------------------------------------------------------
+
+
+def goes_on(path, small, expected):
+    """The state is one from which the run can go on, to the weights that it would have had."""
+    run("--data", small[1], "--resume", path, "--save", path, "--workers", 1, "--quiet")
+    assert_same_run(path, expected)
+
+
+@pytest.fixture
+def whole(small, tmp_path):
+    """The weights after all the steps."""
+    run(*small, "--workers", 1, "--quiet", "--save", tmp_path / "whole.npz")
+    return tmp_path / "whole.npz"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reader_that_goes_away_ends_the_run_quietly(small, tmp_path, whole, workers):
+    """As `| head -3` and `less` do. What it would have read next is saved."""
+    path = tmp_path / "w.npz"
+    child = start(*small, "--workers", workers, "--save", path)
+    for _ in range(3):
+        child.stdout.readline()
+    child.stdout.close()
+    assert (child.wait(60), child.stderr.read()) == (141, "")
+    child.stderr.close()
+    assert 0 < int(saved(path)["step"]) < 600
+    goes_on(path, small, whole)
+
+
+def test_a_reader_of_the_log_that_goes_away(small, tmp_path, whole):
+    os.mkfifo(tmp_path / "log")
+    child = start(*small, "--quiet", "--log", tmp_path / "log", "--save", tmp_path / "w.npz")
+    with open(tmp_path / "log") as log:
+        assert [log.readline()[:2] for _ in range(4)] == ["# ", "# ", "ep", "0,"]
+    out, errors = child.communicate(timeout=60)
+    assert (child.returncode, out, errors) == (141, "", "")
+    goes_on(tmp_path / "w.npz", small, whole)
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--evaluate", "WEIGHTS", "--data", "SET"]], ids=["help", "evaluate"])
+def test_a_reader_that_has_gone_before_anything_is_written(small, tmp_path, arguments):
+    run(*small, "--epochs", 0, "--quiet", "--save", tmp_path / "w.npz")
+    arguments = [{"WEIGHTS": tmp_path / "w.npz", "SET": small[1]}.get(word, word) for word in arguments]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(small, tmp_path, closed):
+    """As cron and pythonw start programs. Nothing else gets their place, and an error is no traceback."""
+    options = [*small, "--epochs", 2, "--workers", 2, "--log", tmp_path / "log", "--save", tmp_path / "w.npz"]
+    run(*options)
+    expected, rows = saved(tmp_path / "w.npz"), [[row[0], *row[2:]] for row in log_of(tmp_path / "log")[1]]
+    shell = ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, "train.py"]
+    done = subprocess.run([*shell, *map(str, options)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and ("result: " in done.stdout) == (closed in ("<&-", "2>&-"))
+    assert_same_bits(saved(tmp_path / "w.npz")["W1"], expected["W1"])
+    assert [[row[0], *row[2:]] for row in log_of(tmp_path / "log")[1]] == rows
+    done = subprocess.run([*shell, "--frobnicate"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    says = "" if "2>&-" in closed else "train.py: error: unrecognized arguments: --frobnicate\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("stream", ["stdout", "log"])
+def test_output_that_finds_no_space_ends_in_one_line(small, stream):
+    with open("/dev/full" if stream == "stdout" else os.devnull, "w") as out:
+        command = [sys.executable, "train.py", *map(str, small), *["--log", "/dev/full"] * (stream == "log")]
+        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "train.py: error: [Errno 28] No space left on device\n")
+
+
+def test_the_weights_of_a_report_are_saved_before_it_is_told(small, tmp_path):
+    """Whatever becomes of who reads the log and the report."""
+    code = """
+import sys, data, train
+
+data.save_weights = lambda *args, **arrays: print("saved", flush=True)
+train.main([*sys.argv[1:], "--log", "/dev/stdout", "--save", "w.npz"])
+"""
+    done = run_program(tmp_path, code, *small, "--epochs", 1, "--reports", 2)
+    assert [line.split()[0].partition(",")[0] for line in done.stdout.splitlines()] == [
+        *("#", "#", "epoch", "20-24-24-10", "epoch"),
+        *("saved", "0", "0.00", "saved", "0.5", "0.50", "saved", "1", "1.00", "result:"),
+    ]
+
+
+DIVERGES = """
+import os, signal, sys, train
+import numpy as np
+
+calls = []
+
+def method(settings, net, params, x, labels, signs):
+    "Slopes that are not finite in the 25th step, in which a signal asks for the end, too."
+    inputs, slopes = train.es(settings, net, params, x, labels, signs)
+    calls.append(1)
+    if len(calls) == 25:
+        slopes[WHICH][:] = VALUE
+        SIGNAL
+    return inputs, slopes
+
+method.__name__ = "es"
+with train.command():
+    train.train(train.parse_args(sys.argv[1:]), method)
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "value", "ends"),
+    [
+        (0, "np.nan", "os.kill(os.getpid(), signal.SIGINT)"),
+        (2, "np.inf", "os.kill(os.getpid(), signal.SIGTERM)"),
+        (1, "np.nan", ""),
+        (
+            1,
+            "1e20",
+            "os.kill(os.getpid(), signal.SIGINT)",
+        ),  # its square is not finite, but the weights and the loss are
+    ],
+)
+def test_a_state_that_cannot_go_on_never_replaces_one_that_can(small, tmp_path, whole, which, value, ends):
+    """At a report, and where a signal ends the run."""
+    path, code = tmp_path / "w.npz", DIVERGES
+    for name, text in (("WHICH", str(which)), ("VALUE", value), ("SIGNAL", ends)):
+        code = code.replace(name, text)
+    done = run_program(tmp_path, code, *small, "--reports", 30, "--workers", 1, "--save", path, check=False)
+    says = r"mine.py: error: diverged: the loss is (nan|inf|\d.\d+) after (25|40) steps: try a smaller --lr\n"
+    assert done.returncode == 2 and re.fullmatch(says, done.stderr), done.stderr
+    assert int(saved(path)["step"]) == 20
+    goes_on(path, small, whole)
+
+
+def test_what_numpy_would_warn_of_does_not_stand_before_the_error(small):
+    done = run(*small, "--lr", 1e38, "--workers", 2, check=False)
+    assert done.returncode == 2 and re.fullmatch(
+        r"train.py: error: diverged: the loss is (nan|inf) after \d+ steps: try a smaller --lr\n", done.stderr
+    ), done.stderr
+
+
+def test_saving_writes_through_links(small, tmp_path):
+    """Of a link, the file that it names is replaced, or made; the link stays."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "relative")
+    (tmp_path / "relative").symlink_to(pathlib.Path("elsewhere") / "w.npz")
+    for epochs in (0, 1):  # the file is not there at first
+        run(*small, "--epochs", epochs, "--workers", 1, "--quiet", "--save", tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "relative").is_symlink()
+        assert int(saved(folder / "w.npz")["step"]) == 30 * epochs
+    assert [path.name for path in folder.iterdir()] == ["w.npz"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "link to a device", "link into nowhere", "terminal"])
+def test_saving_to_what_is_no_regular_file_is_refused(small, tmp_path, kind):
+    path = tmp_path / "w.npz"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "terminal":
+        path.symlink_to({"device": "/dev/null", "link to a device": "/dev/zero"}.get(kind, "/nowhere/w.npz"))
+    path = {"device": "/dev/null", "terminal": "/dev/tty"}.get(kind, path)
+    before = os.path.lexists(path) and os.lstat(path)
+    done = run(*small, "--save", path, check=False)
+    expected = f"train.py: error: {path}: expected a regular file in a folder to write to, found none\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    assert (os.path.lexists(path) and os.lstat(path)) == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whom the mode of a file stops")
+def test_a_file_that_is_write_protected_is_not_replaced(small, tmp_path):
+    (tmp_path / "w.npz").write_bytes(b"")
+    (tmp_path / "w.npz").chmod(0o444)
+    done = run(*small, "--save", tmp_path / "w.npz", check=False)
+    assert done.returncode == 2 and "expected a regular file in a folder to write to" in done.stderr
+
+
+def test_two_runs_that_save_to_one_name_do_not_meet(tmp_path, monkeypatch):
+    """Both have written their files before either replaces the one."""
+    meet, plain, names = threading.Barrier(2), os.replace, []
+
+    def replace(source, target):
+        names.append(source)
+        meet.wait(10)
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    params = [example(seed=seed)[0] for seed in range(2)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda p: data.save_weights(tmp_path / ("n" * 250), p, {}), params))
+    assert len(set(names)) == 2
+    (left,) = tmp_path.iterdir()
+    found, _ = data.load_weights(left)
+    assert any(np.array_equal(found[0][0], p[0][0]) for p in params)
+
+
+def log_of(path):
+    """Comments and header, and the rows as lists of numbers."""
+    lines = path.read_text().splitlines()
+    return lines[:3], [[float(value) for value in line.split(",")] for line in lines[3:]]
+
+
+def test_a_log_that_goes_on_has_each_row_once(small, tmp_path, whole):
+    """After Ctrl-C, after a row was cut by a kill, and after a row whose weights were not saved any more."""
+    log, path = tmp_path / "log", tmp_path / "w.npz"
+    options = [*small, "--workers", 1, "--save", path, "--log", log]
+    child = start(*options)
+    for _ in range(8):
+        child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    head, rows = log_of(log)
+    stopped = int(saved(path)["step"]) / 30
+    assert rows[-1][0] == pytest.approx(stopped, abs=1e-5) and len(rows) > 5  # where it stopped, too
+    next_one = (int(saved(path)["step"]) // 10 + 1) / 3
+    with open(log, "a") as file:
+        file.write(f"{next_one:.6g},1.0,2.0,3.0,4.0,5.0,6.0,7.0\n20,1")
+    run("--data", small[1], "--resume", path, "--save", path, "--log", log, "--workers", 1, "--reports", 60)
+    lines = log.read_text().splitlines()
+    assert lines.pop(3 + len(rows) + 1) == "20,1"  # it was ended first
+    epochs = [line.split(",")[0] for line in lines[3:]]
+    assert lines[:3] == head and len(epochs) == len(set(epochs)) and epochs[-1] == "20"
+    assert {f"{step / 3:.6g}" for step in range(61)} <= set(epochs)
+    assert_same_run(path, whole)
+    before = log.read_text()
+    run("--data", small[1], "--resume", path, "--log", log, "--workers", 1)  # a finished run has nothing to add
+    assert log.read_text() == before
+    run("--data", small[1], "--resume", path, "--log", tmp_path / "another", "--workers", 1)
+    assert [row[0] for row in log_of(tmp_path / "another")[1]] == [20]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_the_log_may_be_a_pipe(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    options = [*small, "--epochs", 1, "--workers", 1, "--reports", 2, "--quiet", "--save", tmp_path / "w.npz"]
+    for resumed in ([], ["--resume", tmp_path / "w.npz"]):
+        child = start(*options, *resumed, "--log", tmp_path / "pipe")
+        rows = log_of(tmp_path / "pipe")[1]
+        assert child.wait(60) == 0
+        child.communicate()
+        assert [row[0] for row in rows] == ([1] if resumed else [0, 0.5, 1])
+    done = run(*options, "--log", "/dev/stderr", check=False)
+    assert done.returncode == 0 and [line[:2] for line in done.stderr.splitlines()] == [
+        "# ",
+        "# ",
+        "ep",
+        "0,",
+        "0.",
+        "1,",
+    ]
+
+
+NAME = os.fsdecode(b"caf\xc3\xa9 \xff\n") if sys.platform == "linux" else "café \n"
+LOCALES = [{"LC_ALL": name} for name in ("C", "POSIX", "en_US.ISO-8859-1", "C.UTF-8")]
+LOCALES += [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii:strict"}]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: ",".join(locale.values()))
+def test_any_locale_and_any_name(tmp_path, locale):
+    """Of the clone, the data, the log and the weights: with a newline, an umlaut and a byte that is none in UTF-8."""
+    folder = tmp_path / NAME
+    write_set(folder)
+    for name in ("train.py", "data.py", "fpnl.py"):
+        shutil.copy(ROOT / name, folder)
+    path, log = folder / f"w{NAME}.npz", folder / f"{NAME}.csv"
+
+    def trained(*options):
+        command = [sys.executable, folder / "train.py", "--workers", "2", "--data", folder, "--log", log, *options]
+        environment = {k: v for k, v in os.environ.items() if k[:3] != "LC_"} | locale
+        return subprocess.run(command, capture_output=True, timeout=60, env=environment)
+
+    start = trained(*"--hidden 8 --batch 20 --epochs 1 --save".split(), path)
+    assert (start.returncode, start.stderr) == (0, b"") and b"result: train " in start.stdout
+    assert log.read_bytes().startswith(b'# {"data": ') and int(saved(path)["step"]) == 3
+    assert trained("--resume", path, "--quiet").returncode == 0
+    wrong = trained("--save", path / "w.npz")
+    assert wrong.returncode == 2 and wrong.stderr.count(b"\n") == 1
+    assert wrong.stderr.startswith(b"train.py: error: ") and b"expected a regular file in a folder" in wrong.stderr
+
+
+SWITCHES = ["-OO", "-W error -X dev", "-bb", "-I", "-E -s -u", "-X warn_default_encoding -W error", "-X utf8=0"]
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_any_switch_of_python(small, tmp_path, switches):
+    options = [*small, "--epochs", 1, "--workers", 2, "--log", tmp_path / "log", "--save", tmp_path / "w.npz"]
+    for resumed in ([], ["--resume", tmp_path / "w.npz"]):
+        command = [sys.executable, *switches.split(), "train.py", *map(str, [*options, *resumed])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "") and "result: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"PYTHONSAFEPATH": "1"},
+        {"PYTHONOPTIMIZE": "2"},
+        {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"},
+        {"TMPDIR": "/nowhere", "HOME": "/nowhere"},
+        {"OMP_NUM_THREADS": "7", "OPENBLAS_NUM_THREADS": "x"},
+        {"COLUMNS": "1", "LINES": "x", "TERM": "nothing"},
+    ],
+    ids=lambda change: ",".join(change),
+)
+def test_any_environment(small, tmp_path, change):
+    command = [sys.executable, "train.py", *map(str, [*small, "--epochs", 1, "--workers", 2, "--save", tmp_path / "w"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | change)
+    assert (done.returncode, done.stderr) == (0, "") and "result: " in done.stdout
+
+
+@pytest.mark.parametrize("program", ["examples/controls.py", "examples/gates.py", "examples/linearized.py"])
+def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, program):
+    """Nor does it matter that there are no docstrings."""
+    for name in ("docs", "examples", "mnist"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('another package of that name')")
+    command = [sys.executable, "-OO", program, "-h"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and "--seeds" in done.stdout
+    code = "import runpy; runpy.run_path('docs/benchmark.py', run_name='benchmark')"
+    command = [sys.executable, "-OO", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="knows what shared memory is made of on Linux")
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("heap.Arena.__init__ = fails(errno.ENOSPC)", "[Errno 28] No space left on device"),
+        ("synchronize._multiprocessing.SemLock = fails(errno.ENOSYS)", "[Errno 38] Function not implemented"),
+        ("synchronize._multiprocessing.SemLock = fails(errno.EACCES)", "[Errno 13] Permission denied"),
+        ("synchronize = sys.modules['multiprocessing.synchronize'] = None", "import of multiprocessing.synchronize .*"),
+    ],
+)
+def test_where_no_memory_can_be_shared_there_are_threads(small, tmp_path, whole, missing, says):
+    """As in containers without /dev/shm, or with a full one."""
+    code = f"""
+import errno, multiprocessing.heap, multiprocessing.synchronize, os, sys, train
+
+def fails(number):
+    def call(*args):
+        raise OSError(number, os.strerror(number))
+    return call
+
+multiprocessing.{missing}
+train.main(sys.argv[1:])
+"""
+    options = [*small, "--workers", 2, "--save", tmp_path / "w.npz"]
+    done = run_program(tmp_path, code, *options, check=False)
+    says = says if says.endswith("*") else re.escape(says)
+    says = f"mine.py: error: expected memory that processes can share, found {says}: try --engine threads\n"
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(says, done.stderr), done.stderr
+    run_program(tmp_path, code, *options, "--engine", "threads")
+    assert_same_run(tmp_path / "w.npz", whole)
+
+
+def test_predict_takes_the_pixels_of_the_training(small, tmp_path):
+    run(*small, "--epochs", 0, "--quiet", "--save", tmp_path / "w.npz")
+
+    def predicted(content):
+        (tmp_path / "images").write_bytes(content)
+        return run("--evaluate", tmp_path / "w.npz", "--predict", tmp_path / "images", check=False)
+
+    images = RNG(0).integers(0, 256, (5, 4, 5))
+    expected = predicted(idx(images))
+    assert expected.returncode == 0 and len(expected.stdout.split()) == 5
+    assert predicted(idx(images / np.float32(255), 0x0D)).stdout == expected.stdout
+    for bad, found in ((images, "0.0 to 2"), (-images / 255, "-1.0 to -?0.0"), (images / 255 * np.nan, "nan to nan")):
+        done = predicted(idx(bad, 0x0D))
+        says = rf"train.py: error: {tmp_path}/images: expected float pixels in \[0, 1\], found {found}"
+        assert (done.returncode, done.stdout) == (2, "") and re.match(says, done.stderr), done.stderr
+    for none in (np.zeros((0, 4, 5)), np.zeros((0, 4, 5), np.float32)):
+        done = predicted(idx(none, 0x0D if none.dtype == np.float32 else 0x08))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = predicted(idx(np.zeros((0, 3, 3))))
+    assert done.returncode == 2 and "expected weights for 9 pixels, found 20" in done.stderr
+
+
+def test_settings_that_this_version_does_not_write_end_in_one_line(small, tmp_path):
+    """Those of another version, and other JSON or none; to resume, and to evaluate, if that is refused, too."""
+    run(*small, "--epochs", 0, "--quiet", "--save", tmp_path / "good.npz")
+    good = saved(tmp_path / "good.npz")
+    cases = ["[]", '"es"', "3", "null", "[[1, 2]]", "{}", '{"epochs": 1}', "{", "NaN", "[" * 10**5, b"\xff"]
+    changes = [{"jitter": 0}, {"sigma": ...}, {"sigma": 0}, {"lr": "x"}, {"lr": [1]}, {"lr": None}, {"lr": -1}]
+    changes += [{"batch": 0}, {"batch": 7.5}, {"epochs": float("nan")}, {"epochs": 1e308}, {"seed": {}}, {"block": [8]}]
+    changes += [{"control_variate": "off"}, {"flush": "maybe"}, {"flush": []}, {"method": 3}, {"data": "x"}]
+    for change in changes:
+        settings = json.loads(str(good["settings"])) | change
+        cases.append(json.dumps({name: value for name, value in settings.items() if value is not ...}))
+    for i, settings in enumerate(cases):
+        np.savez(tmp_path / f"{i}.npz", **good | {"settings": settings})
+    code = """
+import contextlib, io, json, sys, train
+
+for path in sys.argv[2:]:
+    for options in (["--resume", path, "--epochs", "1", "--workers", "1"], ["--evaluate", path]):
+        status = 0
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                train.main(["--data", sys.argv[1], *options])
+            except SystemExit as end:
+                status = end.code
+        print(json.dumps([status, errors.getvalue()]))
+"""
+    done = run_program(tmp_path, code, small[1], *[tmp_path / f"{i}.npz" for i in range(len(cases))])
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    for settings, (status, says), evaluated in zip(cases, ends[::2], ends[1::2], strict=True):
+        assert status == 2 and re.fullmatch("mine.py: error: .+\n", says), (settings[:300], status, says)
+        assert evaluated == [0, ""] or evaluated[0] == 2 and re.fullmatch("mine.py: error: .+\n", evaluated[1])
+    assert (
+        f"{tmp_path}/5.npz: expected a run of this train.py, found weights alone, of use for --evaluate" in ends[10][1]
+    )
+    assert f"{tmp_path}/11.npz: expected a run of this train.py, found another's, of use for --evaluate" in ends[22][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_in_the_terminal_of_workers_elsewhere(small, tmp_path, engine):
+    """It is sent to all the processes of the run: the step is completed, and the end is that of other engines."""
+    path = tmp_path / "w.npz"
+    command = [str(part) for part in [*engine, *small, "--epochs", 2000, "--save", path]]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    for _ in range(4):
+        child.stdout.readline()
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    step = int(saved(path)["step"])
+    assert child.returncode == 130 and step > 1000
+    assert f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n" in errors
+    assert "Traceback" not in errors
+
+
+def on_a_terminal(*arguments, **environment):
+    """What a terminal gets."""
+    pty = pytest.importorskip("pty", reason="POSIX terminals")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=theirs, env=os.environ | environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    assert child.wait() == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_that_cannot_go_back_in_a_line_gets_whole_lines(small):
+    shown = on_a_terminal(*small, "--epochs", 30, "--reports", 2, TERM="dumb")
+    assert "\r" not in shown and "\x1b" not in shown and len(shown.splitlines()) == 6

@@ -168,8 +168,8 @@ def train(args, method=es, transfer=None):
         report, step, later = Report(args, run, write, first, before, held_out, n), first, reports(args, run, first)
         while True:
             seconds, (trained, held) = report.seconds(), (score(everyone(evaluate, which)) for which in (0, 2))
-            if not math.isfinite(trained[0]):
-                raise ValueError(f"the loss is {trained[0]} after {step} steps: try a smaller --lr")
+            if not (math.isfinite(trained[0]) and np.isfinite(run.moments).all()):
+                raise ValueError(f"diverged: the loss is {trained[0]} after {step} steps: try a smaller --lr")
             if args.save:
                 spent = {"step": step, "seconds": report.seconds()}
                 data.save_weights(args.save, run.params, dataclasses.asdict(run.settings), moments=run.moments, **spent)
