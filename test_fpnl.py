@@ -1426,7 +1426,7 @@ NAN[3, 2, 1] = np.nan
             "expected a gzip file, found a damaged one",
         ),
         (IMAGES, idx(NAN, 0x0D), r"expected float pixels in \[0, 1\], found nan"),
-        (IMAGES, idx(NAN[4:] * 3, 0x0D), "train-labels.*expected 56 labels"),
+        (IMAGES, idx(NAN[4:], 0x0D), "train-labels.*expected 56 labels"),
         (IMAGES, idx(np.full((60, 4, 5), 1.5), 0x0D), r"expected float pixels in \[0, 1\], found 1.5 to 1.5"),
         (LABELS, idx(np.arange(20)), "expected labels 0 to 9 .unsigned bytes., .* found 0 to 19 .uint8."),
         (LABELS, idx(np.zeros(19)), "expected 20 labels, one for each image of t10k-images-idx3-ubyte, found 19"),
@@ -1833,11 +1833,23 @@ def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch):
 # --- Long runs ----------------------------------------------------------------------------------------
 
 
+SMALL = "--hidden 24 24 --batch 10 --epochs 20 --reports 60 --seed 2".split()
+
+
 @pytest.fixture
 def small(tmp_path):
-    """A folder with a tiny set, and the options of a run of some 600 quick steps on it."""
+    """A folder with a tiny set, and the options of a run of 600 quick steps on it."""
     write_set(tmp_path / "set", train=300)
-    return ["--data", tmp_path / "set", *"--hidden 24 24 --batch 10 --epochs 20 --reports 60 --seed 2".split()]
+    return ["--data", tmp_path / "set", *SMALL]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The weights after all of these."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_set(folder, train=300)
+    run("--data", folder, *SMALL, "--workers", 1, "--quiet", "--save", folder / "w.npz")
+    return folder / "w.npz"
 
 
 def assert_same_run(found, expected):
@@ -1857,9 +1869,8 @@ def start_command(*command):
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_and_resume(small, tmp_path):
+def test_kill_9_at_any_moment_and_resume(small, tmp_path, whole):
     """8 times, with one and with two workers: never an unreadable file, and in the end the same weights."""
-    run(*small, "--save", tmp_path / "whole.npz")
     rng, path = RNG(0), tmp_path / "w.npz"
     steps = [0]
     for i in range(8):
@@ -1873,7 +1884,7 @@ def test_kill_9_at_any_moment_and_resume(small, tmp_path):
         steps.append(int(saved(path)["step"]) if path.exists() else 0)
     assert steps == sorted(steps) and len(set(steps)) > 5
     run(*small, "--resume", path, "--save", path)
-    assert_same_run(path, tmp_path / "whole.npz")
+    assert_same_run(path, whole)
 
 
 @pytest.mark.parametrize(
@@ -1888,7 +1899,7 @@ def test_ctrl_c_and_sigterm_keep_the_last_step(small, tmp_path, number, workers)
         [sys.executable, "-u", "train.py", *options],
         cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ignore, start_new_session=True,
     )  # fmt: skip
-    for _ in range(3):
+    for _ in range(4):
         child.stdout.readline()
     os.killpg(child.pid, number)
     _, errors = child.communicate(timeout=60)
@@ -2319,13 +2330,6 @@ def goes_on(path, small, expected):
     assert_same_run(path, expected)
 
 
-@pytest.fixture
-def whole(small, tmp_path):
-    """The weights after all the steps."""
-    run(*small, "--workers", 1, "--quiet", "--save", tmp_path / "whole.npz")
-    return tmp_path / "whole.npz"
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_reader_that_goes_away_ends_the_run_quietly(small, tmp_path, whole, workers):
     """As `| head -3` and `less` do. What it would have read next is saved."""
@@ -2359,7 +2363,7 @@ def test_a_reader_that_has_gone_before_anything_is_written(small, tmp_path, argu
     command = [sys.executable, "train.py", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert done.returncode in (0, 141) and done.stderr == b""  # argparse takes no notice
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
@@ -2430,11 +2434,7 @@ with train.command():
         (0, "np.nan", "os.kill(os.getpid(), signal.SIGINT)"),
         (2, "np.inf", "os.kill(os.getpid(), signal.SIGTERM)"),
         (1, "np.nan", ""),
-        (
-            1,
-            "1e20",
-            "os.kill(os.getpid(), signal.SIGINT)",
-        ),  # its square is not finite, but the weights and the loss are
+        (1, "1e20", "os.kill(os.getpid(), signal.SIGINT)"),  # whose square is not finite; weights and loss are
     ],
 )
 def test_a_state_that_cannot_go_on_never_replaces_one_that_can(small, tmp_path, whole, which, value, ends):
