@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import secrets
+import stat
 import struct
 import tempfile
 import time
@@ -111,11 +112,13 @@ def pixels(x):
 
 
 def check_new_file(path, stream=False):
-    """Raise ValueError if `save_weights`, or, to a stream, `open_log`, cannot write there."""
-    exists, good = os.path.exists(path), False
-    if not exists or os.access(path, os.W_OK) and (os.path.isfile(path) or stream and not os.path.isdir(path)):
-        with contextlib.suppress(OSError):  # links are written through
-            if not (exists and stream):
+    """Raise ValueError or OSError if `save_weights`, or, to a stream, `open_log`, cannot write there."""
+    mode, good = None, False
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode  # of what a link names
+    if not mode or os.access(path, os.W_OK) and (stat.S_ISREG(mode) or stream and not stat.S_ISDIR(mode)):
+        with contextlib.suppress(OSError):
+            if not (mode and stream):
                 tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
             good = True
     if not good:

@@ -539,7 +539,7 @@ def command():
     except concurrent.futures.BrokenExecutor:
         fail("a worker was killed, perhaps for want of memory: --resume goes on with what --save has kept")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stdout = open(os.devnull, "w")  # what could not be written is not tried again
+        sys.stdout = None  # what could not be written is not tried again
         if isinstance(error, BrokenPipeError):  # who read it has gone: as the signal SIGPIPE
             sys.exit(141)
         many = isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
@@ -587,7 +587,7 @@ def parse_args(argv=None):
     parser.set_defaults(**texts, flush="off" if saved["flush"] == "off" else flush)
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
-    same = args.save and args.save == args.log
+    same = args.save and args.log and args.save.resolve() == args.log.resolve()
     if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate or same:
         fail("expected --engine dask beside --scheduler, --evaluate beside --predict, and --log and --save to differ")
     return args
