@@ -2336,7 +2336,7 @@ def goes_on(path, small, expected):
     assert_same_run(path, expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_reader_that_goes_away_ends_the_run_quietly(small, tmp_path, whole, workers):
     """As `| head -3` and `less` do. What it would have read next is saved."""
     path = tmp_path / "w.npz"
@@ -2372,8 +2372,11 @@ def test_a_reader_that_has_gone_before_anything_is_written(small, tmp_path, argu
     assert done.returncode in (0, 141) and done.stderr == b""  # argparse takes no notice
 
 
+ALL = "<&- >&- 2>&-"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [*(pytest.param(c, marks=pytest.mark.slow) for c in ("<&-", "2>&-")), ">&-", ALL])
 def test_standard_streams_may_be_closed(small, tmp_path, closed):
     """As cron and pythonw start programs. Nothing else gets their place, and an error is no traceback."""
     options = [*small, "--epochs", 2, "--workers", 2, "--log", tmp_path / "log", "--save", tmp_path / "w.npz"]
@@ -2438,8 +2441,8 @@ with train.command():
     ("which", "value", "ends"),
     [
         (0, "np.nan", "os.kill(os.getpid(), signal.SIGINT)"),
-        (2, "np.inf", "os.kill(os.getpid(), signal.SIGTERM)"),
-        (1, "np.nan", ""),
+        pytest.param(2, "np.inf", "os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow),
+        pytest.param(1, "np.nan", "", marks=pytest.mark.slow),
         (1, "1e20", "os.kill(os.getpid(), signal.SIGINT)"),  # whose square is not finite; weights and loss are
     ],
 )
@@ -2498,12 +2501,13 @@ def test_saving_to_what_is_no_regular_file_is_refused(small, tmp_path, kind):
     assert os.lstat(path)[:7] == before[:7]  # but for the times
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whom the mode of a file stops")
-def test_a_file_that_is_write_protected_is_not_replaced(small, tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_that_is_write_protected_is_not_replaced(tmp_path, monkeypatch, stream):
     (tmp_path / "w.npz").write_bytes(b"")
-    (tmp_path / "w.npz").chmod(0o444)
-    done = run(*small, "--save", tmp_path / "w.npz", check=False)
-    assert done.returncode == 2 and "expected a regular file in a folder to write to" in done.stderr
+    data.check_new_file(tmp_path / "w.npz", stream)
+    monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)  # no mode stops root
+    with pytest.raises(ValueError, match="w.npz: expected a (regular )?file in a folder to write to, found none"):
+        data.check_new_file(tmp_path / "w.npz", stream)
 
 
 def test_two_runs_that_save_to_one_name_do_not_meet(tmp_path, monkeypatch):
@@ -2586,6 +2590,7 @@ LOCALES = [{"LC_ALL": name} for name in ("C", "POSIX", "en_US.ISO-8859-1", "C.UT
 LOCALES += [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii:strict"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: ",".join(locale.values()))
 def test_any_locale_and_any_name(tmp_path, locale):
     """Of the clone, the data, the log and the weights: with a newline, an umlaut and a byte that is none in UTF-8."""
@@ -2604,7 +2609,7 @@ def test_any_locale_and_any_name(tmp_path, locale):
     assert (start.returncode, start.stderr) == (0, b"") and b"result: train " in start.stdout
     assert log.read_bytes().startswith(b'# {"data": ') and int(saved(path)["step"]) == 3
     assert trained("--resume", path, "--quiet").returncode == 0
-    wrong = trained("--save", path / "w.npz")
+    wrong = trained("--save", folder / "none" / path.name)
     assert wrong.returncode == 2 and wrong.stderr.count(b"\n") == 1
     assert wrong.stderr.startswith(b"train.py: error: ") and b"expected a regular file in a folder" in wrong.stderr
 
@@ -2612,6 +2617,7 @@ def test_any_locale_and_any_name(tmp_path, locale):
 SWITCHES = ["-OO", "-W error -X dev", "-bb", "-I", "-E -s -u", "-X warn_default_encoding -W error", "-X utf8=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_any_switch_of_python(small, tmp_path, switches):
     options = [*small, "--epochs", 1, "--workers", 2, "--log", tmp_path / "log", "--save", tmp_path / "w.npz"]
@@ -2621,6 +2627,7 @@ def test_any_switch_of_python(small, tmp_path, switches):
         assert (done.returncode, done.stderr) == (0, "") and "result: " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -2639,6 +2646,7 @@ def test_any_environment(small, tmp_path, change):
     assert (done.returncode, done.stderr) == (0, "") and "result: " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["examples/controls.py", "examples/gates.py", "examples/linearized.py"])
 def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, program):
     """Nor does it matter that there are no docstrings."""
@@ -2655,6 +2663,7 @@ def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, pr
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="knows what shared memory is made of on Linux")
 @pytest.mark.parametrize(
     ("missing", "says"),
@@ -2779,6 +2788,7 @@ def on_a_terminal(*arguments, **environment):
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_go_back_in_a_line_gets_whole_lines(small):
     shown = on_a_terminal(*small, "--epochs", 30, "--reports", 2, TERM="dumb")
     assert "\r" not in shown and "\x1b" not in shown and len(shown.splitlines()) == 6
