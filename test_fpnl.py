@@ -2401,6 +2401,19 @@ def test_output_that_finds_no_space_ends_in_one_line(small, stream):
     assert (done.returncode, done.stderr) == (2, "train.py: error: [Errno 28] No space left on device\n")
 
 
+def test_a_program_that_calls_main_keeps_its_streams(tmp_path, capsys):
+    """Also after an error: a notebook goes on."""
+    import train
+
+    for arguments, status in ((["--resume", str(tmp_path / "none")], 2), (["--frobnicate"], 2), (["-h"], 0)):
+        with pytest.raises(SystemExit) as end:
+            train.main(arguments)
+        assert end.value.code == status
+        print("and on")
+    out, errors = capsys.readouterr()
+    assert out.count("and on\n") == 3 and errors.count("\n") == 2
+
+
 def test_the_weights_of_a_report_are_saved_before_it_is_told(small, tmp_path):
     """Whatever becomes of who reads the log and the report."""
     code = """

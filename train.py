@@ -303,9 +303,8 @@ class Report:
     """What a run prints: a title, rows, which the log has, too, and on a terminal a live line between them."""
 
     def __init__(self, args, run, write, first, before, held_out, workers):  # step and seconds that it begins with
-        self.args, self.run, self.write, self.first, self.before = args, run, write, first, before
-        self.began, s = time.perf_counter(), run.settings
-        self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.args, self.run, self.write, self.first, self.before, s = args, run, write, first, before, run.settings
+        self.began, self.terminal = time.perf_counter(), sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.say(
             f"{'-'.join(map(str, s.sizes))} network, {run.weights.size:,} weights; {len(run.sets[0]):,} images, "
             f"{run.steps:,} steps of {s.batch}; {s.method}, seed {s.seed}, flush {args.flush}, {workers} workers\n"
@@ -535,11 +534,12 @@ def command():
         try:
             yield
         finally:
-            sys.stdout.flush()
+            out, sys.stdout = sys.stdout, None  # what cannot be written is not tried again
+            out.flush()
+            sys.stdout = out
     except concurrent.futures.BrokenExecutor:
         fail("a worker was killed, perhaps for want of memory: --resume goes on with what --save has kept")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stdout = None  # what could not be written is not tried again
         if isinstance(error, BrokenPipeError):  # who read it has gone: as the signal SIGPIPE
             sys.exit(141)
         many = isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
