@@ -160,11 +160,11 @@ def provenance():
 def save_weights(path, params, settings, **arrays):
     """[(W, b), ...] as W1, b1, ... in an .npz file, settings as JSON and what else there is: complete or not at all."""
     path = pathlib.Path(os.path.realpath(path))  # through a link
-    arrays |= {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)}
+    weights = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)}
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # another run may write, too
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, settings=json.dumps(settings), **arrays)
+            np.savez(file, **weights, settings=json.dumps(settings), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

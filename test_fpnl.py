@@ -1028,36 +1028,41 @@ def test_later_biases_act_where_nothing_flushes():
     fpnl.es_gradient(half, x, labels, RNG(0), scale=np.float32(2.0**126))
 
 
-@pytest.mark.parametrize("network", [{}, {"transfer": np.tanh}, {"transfer": relu}], ids=str)
+@pytest.mark.parametrize("transfer", [None, relu, np.tanh], ids=["dead zone", "ReLU", "tanh"])
 @pytest.mark.parametrize("control_variate", [False, True])
-def test_what_the_slopes_estimate(control_variate, network):
-    """One image with each of the 2^8 patterns of signs of two layers: the mean of a unit's slopes is
-    (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|), averaged over the signs of its block's other
-    units, all others at their base: written out here, by weights that move z."""
-    sigma, sizes = np.float32(0.1), (5, 4, 4, 4)
-    params, x, labels = example(sizes, n=1, seed=8)
-    patterns = np.array(list(itertools.product((-1, 1), repeat=4)), np.int8)
-    signs = np.hstack([np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 4), np.int8)])
-    options = {"block": 4, "control_variate": control_variate, **network}
-    outputs, slopes = fpnl.es_slopes(params, x.repeat(256, axis=0), labels.repeat(256), signs, sigma, **options)
-    for l, a in enumerate([x[0], *(h[:, 0] for h in outputs)]):
-        a = np.append(a, np.float32(l == 0 or "transfer" in network))
-        size = np.linalg.norm(a.astype(np.float64))
+def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
+    """The code in float64, one image with each of the 2^8 patterns of signs of two layers: to 1e-12, the mean of a
+    unit's slopes is (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|), averaged over the signs of its block's
+    other units, all others at their base. That is written out here."""
+    fpnl.loss(np.zeros((1, 2), np.float32), [0])  # looks at the CPU, once, in float32
+    monkeypatch.setattr(fpnl, "float32", np.float64)
+    params, x, labels = example((5, 4, 4, 4), n=1, seed=8)
+    params, x = [(W.astype(float), b + RNG(1).normal(0, 0.1, b.shape)) for W, b in params], x.astype(float)
+    patterns = np.array(list(itertools.product((-1, 1), repeat=4)))
+    signs = np.hstack([np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 4), int)])
+    options = {"sigma": 0.1, "block": 4, "control_variate": control_variate, "transfer": transfer}
+    options["scale"] = np.float64(fpnl.SCALE)
+    _, slopes = fpnl.es_slopes(params, x.repeat(256, axis=0), labels.repeat(256), signs, **options)
 
-        def loss_at(shifts, l=l, a=a, size=size):
-            W, b = params[l]
-            W, b = W + np.outer(a[:-1], shifts) / size**2, b + a[-1] * shifts / size**2
-            moved = [*params[:l], (W.astype("f4"), b.astype("f4")), *params[l + 1 :]]
-            return float(fpnl.loss(fpnl.forward(moved, x, **network), labels))
+    def outputs(moved, shifts):
+        """Inputs of each layer and the logits, where the sums of one layer are shifted."""
+        a = [x[0]]
+        for l, (W, b) in enumerate(params):
+            z = a[-1] @ W + b * (l == 0 or transfer is not None) + (shifts if l == moved else 0)
+            a.append(z * (np.abs(z) >= 0.5) if transfer is None else z if l == 2 else transfer(z))
+        return a
 
-        for j in range(4):
-            differences = []
-            for e in patterns:
-                e = e * (np.arange(4) == j) if l == 2 else e.astype(float)
-                up, down = (np.where(np.arange(4) == j, s, e) * sigma * size for s in (1, -1))
-                differences.append((loss_at(up) - loss_at(down)) / (2 * sigma * size))
-            assert slopes[l][j].mean(dtype=float) == pytest.approx(np.mean(differences), abs=1e-5)
-        assert np.abs(slopes[l]).max() > 0.01
+    def loss(moved, shifts):
+        logits = outputs(moved, shifts)[-1]
+        return np.log(np.exp(logits).sum()) - logits[labels[0]]
+
+    for l, a in enumerate(outputs(None, 0)[:-1]):
+        shift = 0.1 * np.sqrt(a @ a + (l == 0 or transfer is not None))
+        for j, unit in enumerate(np.eye(4)):
+            others = patterns * (1 - unit) * (l < 2)  # in the last layer, a block is a unit
+            differences = [loss(l, shift * (e + unit)) - loss(l, shift * (e - unit)) for e in others]
+            assert slopes[l][j].mean() == pytest.approx(np.mean(differences) / (2 * shift), rel=0, abs=1e-12)
+        assert np.abs(slopes[l]).max() > 0.01 and (l == 2 or slopes[l].std(axis=1).max() > 1e-3)
 
 
 def test_the_control_variate_takes_the_noise_of_a_block_away():
@@ -2120,7 +2125,7 @@ def test_a_dead_worker_ends_the_run_and_the_last_report_is_kept(small, tmp_path)
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 2
-    says = f"a worker process was killed, perhaps for want of memory; go on with --resume {path}"
+    says = "a worker was killed, perhaps for want of memory: --resume goes on with what --save has kept"
     assert errors == f"train.py: error: {says}\n" and int(saved(path)["step"]) >= 0
 
 
@@ -2234,7 +2239,7 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"W2": None}, "expected a run saved by --save, found weights alone"),
+        ({"W2": None}, "expected a run of this train.py, found weights alone, of use for --evaluate"),
         ({"W1": None}, "expected W1, b1, ..., found b1"),
         ({"W1": np.zeros((20, 24))}, "expected float32 W1 [20, width] and b1 [width], found W1 float64 (20, 24)"),
         (
@@ -2251,9 +2256,9 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
         ),
         (
             {"settings": '{"hidden": [24, 24], "jitter": 0}'},
-            "expected a run of this train.py, found another's, of use for --evaluate alone",
+            "expected a run of this train.py, found another's, of use for --evaluate",
         ),
-        ({"settings": "{"}, "expected a run saved by --save, found weights alone"),
+        ({"settings": "{"}, "expected weights as --save writes them, found a damaged or other file"),
         (b"PK\3\4 and no more", "expected weights as --save writes them, found a damaged or other file"),
         (b"", "expected weights as --save writes them, found a damaged or other file"),
     ],

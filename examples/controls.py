@@ -125,6 +125,7 @@ ROWS = {  # name of the log: row of the table, method, transfer, options of trai
     "logistic": ("logistic regression", backprop, np.positive, f"{LINEAR} --hidden --epochs 20 --lr 3e-3"),
     "es-off": ("ES, gradual underflow", train.es, None, "--flush off"),
     "es": ("ES, flush to zero: the main job", train.es, None, ""),
+    "es-4": ("ES with blocks of 4", train.es, None, "--block 4"),
     "es-cv": ("ES with the control variate", train.es, None, "--control-variate"),
     "prediction": ("the prediction alone", prediction, None, ""),
     "blind": ("backprop, blind to the flush", backprop, None, "--epochs 20 --batch 256 --weight-decay 0.1"),
