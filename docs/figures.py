@@ -14,10 +14,13 @@ sys.path.insert(0, str(DOCS.parent))
 sys.path.insert(1, str(DOCS.parent / "examples"))
 from linearized import power
 
+import data
 import fpnl
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.patches import Patch
 
 # Okabe and Ito's colours, which a colour-blind reader can tell apart; line styles differ too.
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
@@ -80,16 +83,38 @@ def scale(axes):
     axes.set(xlabel="log$_2$ S", ylabel="test accuracy, percent", ylim=(0, 104), xlim=(-2, 130))
 
 
-def first_layer(figure):
-    """The 48 first-layer units with the largest weights, the frame of the image left out where it is empty."""
-    with np.load(DOCS / "runs" / "es-0.npz", allow_pickle=False) as file:
-        W = file["W1"]
-    largest = np.argsort(-np.square(W).sum(axis=0))[:48]
-    for i, unit in enumerate(largest):
-        axes = figure.add_subplot(4, 12, i + 1)
-        bound = np.abs(W[:, unit]).max()
-        axes.imshow(W[:, unit].reshape(28, 28), cmap="PuOr", vmin=-bound, vmax=bound)
-        axes.set_axis_off()
+def plane(figure, points=240):
+    """The digits that the main job's network sees on the plane through three test images, with and without the flush:
+    the first of three digits that are right with it and wrong without."""
+    params, _ = data.load_weights(DOCS / "runs" / "es-0.npz")
+    _, _, images, labels = data.load()
+    images = data.pixels(images)
+    right, wrong = (fpnl.forward(params, images, ftz).argmax(axis=1) == labels for ftz in (True, False))
+    chosen = {}
+    for i in np.flatnonzero(right & ~wrong):
+        chosen.setdefault(labels[i], i)
+    origin, *others = images[[*chosen.values()][:3]]
+    basis, place = np.linalg.qr((others - origin).T)  # columns across the plane; where the others are in it
+    corners = np.vstack([np.zeros(2), place.T])
+    middle, reach = (corners.max(axis=0) + corners.min(axis=0)) / 2, 0.8 * np.ptp(corners, axis=0).max()
+    across, up = (np.linspace(c - reach, c + reach, points) for c in middle)
+    grid = np.stack(np.meshgrid(across, up), axis=-1).reshape(-1, 2) @ basis.T + origin
+    colours, seen = plt.get_cmap("tab10"), set()
+    panels = zip(figure.subplots(1, 2), ((True, "flush to zero"), (False, "gradual underflow: the same weights")))
+    for axes, (ftz, title) in panels:
+        found = fpnl.forward(params, grid.astype(np.float32), ftz).argmax(axis=1).reshape(points, points)
+        extent = across[0], across[-1], up[0], up[-1]
+        axes.imshow(colours(found)[..., :3], origin="lower", extent=extent, interpolation="nearest", alpha=0.75)
+        for i, corner in zip(chosen.values(), corners):
+            picture = OffsetImage(1 - images[i].reshape(28, 28), zoom=1.1, cmap="gray")
+            axes.add_artist(AnnotationBbox(picture, corner, pad=0.1))
+        seen |= {*found.flat}
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.grid(False)
+    patches = [Patch(color=colours(digit), alpha=0.75, label=digit) for digit in sorted(seen)]
+    figure.legend(
+        handles=patches, frameon=False, loc="outside lower center", ncols=10, columnspacing=1.2, handlelength=1
+    )
 
 
 def gates(figure):
@@ -171,11 +196,11 @@ def main():
         draw(figure)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
     if not (DOCS / "runs" / "es-0.npz").exists():
-        print("first-layer.svg stays as it is: docs/runs/es-0.npz is made by python examples/controls.py docs/runs")
+        print("plane.svg stays as it is: docs/runs/es-0.npz is made by python examples/controls.py docs/runs")
         return
-    figure = plt.figure(figsize=(7.2, 2.5), layout="constrained")
-    first_layer(figure)
-    figure.savefig(DOCS / "first-layer.svg", metadata={"Date": None})
+    figure = plt.figure(figsize=(7.2, 4), layout="constrained")
+    plane(figure)
+    figure.savefig(DOCS / "plane.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

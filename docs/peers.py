@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""The main job's network, trained by population ES: in a few lines of this project, by evosax and by evotorch.
+
+    pip install -e '.[peers]'
+    python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
+    python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
+
+Population ES mutates all 669,706 weights at once and looks at the loss of a batch, the same for all members of a step.
+Each trainer has the same network, with the same flush, all cores of this machine and the same seconds. Its clock stands
+still while it compiles and while `fpnl.forward` evaluates its weights on the test set (or what is held out). A log a
+trainer goes to the folder; the last lines say how long each took to an accuracy, and how many times as long as the
+main job. With several values of an option, all combinations are run: so the settings below were chosen.
+
+The flush of a framework is looked at first, in the program that is timed: XLA folds (z / S) * S into z, and there the
+dead zone is a mask, z where |z| >= 1/2, else 0.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import math
+import os
+import pathlib
+import sys
+import time
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a worker
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import numpy as np
+
+import data
+import fpnl
+import train
+
+MARKS = 0.80, 0.85, 0.90
+
+
+# --- Trainers: generators of functions that return weights [(W, b), ...], one after each step ------------------------
+
+
+def main_job(sets, options, seed, **_):
+    args = train.parse_args([*options, "--seed", str(seed)])
+    run, *_ = train.begin(args, train.es, None)
+    with train.here(args, run) as (run, _, descend, _):
+        for step in range(run.steps):
+            descend(step, step + 1, tick=time.time)
+            yield lambda: run.params
+
+
+def population(draw, sets, seed, members, sigma, lr, batch, **_):
+    """g = E[(L(w + sigma e) - L(w - sigma e)) e] / (2 sigma) over pairs of members, a share of them a thread; AdamW."""
+    rng, threads = np.random.default_rng(seed), train.cores()
+    w = train.flattened(fpnl.init(rng))
+    m, v = np.zeros_like(w), np.zeros_like(w)
+
+    def share(x, y, pairs, rng):
+        g = np.zeros_like(w)
+        for e in (draw(rng, w.size) for _ in range(pairs)):
+            losses = [fpnl.loss(network(w + step * e, x), y) for step in np.float32([sigma, -sigma])]
+            g += (losses[0] - losses[1]) * e
+        return g
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for step in itertools.count(1):
+            images = rng.integers(0, len(sets[1]), batch)
+            x, y = data.pixels(sets[0][images]), sets[1][images]
+            pairs = [len(part) for part in np.array_split(np.arange(members // 2), threads)]
+            g = sum(pool.map(functools.partial(share, x, y), pairs, rng.spawn(threads)))
+            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr)
+            yield lambda: train.as_params(w, fpnl.SIZES)
+
+
+def network(w, x):
+    return fpnl.forward(train.as_params(w, fpnl.SIZES), x, ftz="hardware")
+
+
+def random_signs(rng, n):
+    return np.unpackbits(np.frombuffer(rng.bytes(-(-n // 8)), np.uint8), count=n) * np.float32(2) - np.float32(1)
+
+
+def gaussians(rng, n):
+    return rng.standard_normal(n, np.float32)
+
+
+def evosax(name, sets, seed, members, sigma, lr, batch, **_):
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from evosax import algorithms
+
+    scaled, mask = lambda z: z / fpnl.SCALE * fpnl.SCALE, lambda z: z * (abs(z) >= 0.5)
+    t = flush_of("evosax", scaled, mask, jnp.asarray, jax.jit)
+    start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
+    schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
+    es = getattr(algorithms, name)(members, start, optimizer=optax.adam(lr), **schedule)
+    how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
+
+    @jax.jit
+    def step(key, state, x, y):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(outputs(params, x, t), y).mean()
+
+        ask, tell = jax.random.split(key)
+        found, state = es.ask(ask, state, how)
+        return es.tell(tell, found, jax.lax.map(loss, found), state, how)[0]
+
+    def weights(state):
+        return [(np.asarray(W), np.asarray(b)) for W, b in es.get_mean(state)]
+
+    key, rng = jax.random.key(seed), np.random.default_rng(seed)
+    state = es.init(key, start, how)
+    for i in itertools.count():
+        images = rng.integers(0, len(sets[1]), batch)
+        x, y = data.pixels(sets[0][images]), sets[1][images].astype(np.int32)
+        state = jax.block_until_ready(step(jax.random.fold_in(key, i), state, x, y))
+        yield functools.partial(weights, state)
+
+
+def evotorch(name, sets, seed, members, sigma, lr, batch, **_):
+    import logging
+
+    import evotorch.algorithms
+    import torch
+
+    logging.getLogger("evotorch").setLevel(logging.WARNING)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)
+    scale, rng = torch.tensor(fpnl.SCALE), np.random.default_rng(seed)
+    t = flush_of("evotorch", lambda z: z / scale * scale, lambda z: z * (abs(z) >= 0.5), torch.from_numpy)
+    shapes = [shape for i, o in itertools.pairwise(fpnl.SIZES) for shape in ((i, o), (o,))]
+
+    class Losses(evotorch.Problem):
+        def _evaluate_batch(self, members):
+            images = rng.integers(0, len(sets[1]), batch)
+            x, y = torch.from_numpy(data.pixels(sets[0][images])), torch.from_numpy(sets[1][images].astype(np.int64))
+            losses = []
+            for w in members.values:
+                flat = zip(w.split([math.prod(shape) for shape in shapes]), shapes)
+                parts = [part.reshape(shape) for part, shape in flat]
+                losses.append(torch.nn.functional.cross_entropy(outputs([*zip(parts[::2], parts[1::2])], x, t), y))
+            members.set_evals(torch.stack(losses))
+
+    start = torch.from_numpy(train.flattened(fpnl.init(rng)))
+    how = {"popsize": members, "stdev_init": sigma, "center_init": start, "center_learning_rate": lr}
+    how |= {"stdev_learning_rate": 0.1, "optimizer": "adam"} if name == "PGPE" else {}
+    problem = Losses("min", solution_length=len(start), dtype=torch.float32)
+    searcher = getattr(evotorch.algorithms, name)(problem, **how)
+    while True:
+        searcher.step()
+        yield lambda: train.as_params(searcher.status["center"].clone().numpy(), fpnl.SIZES)
+
+
+def outputs(params, x, t):
+    """The network in units of 1/S, in any framework; its later biases flush before they are added."""
+    (W, b), *later = params
+    h = t(x @ W + b)
+    for W, _ in later:
+        h = t(h @ W)
+    return h
+
+
+def flush_of(name, scaled, mask, array, compiled=lambda function: function):
+    """`scaled`, z / S * S in a framework, if it flushes in its programs and in all its threads, else `mask`.
+
+    Raises RuntimeError if the framework's network is not that of fpnl.forward.
+    """
+    rng = np.random.default_rng(0)
+    z, params, x = rng.uniform(-1, 1, 1 << 20).astype(np.float32), fpnl.init(rng), rng.random((256, 784), np.float32)
+    good = np.array_equal(compiled(scaled)(array(z)), z * (np.abs(z) >= np.float32(0.5)))
+    print(f"{name}: z / S * S {'flushes' if good else 'does not flush: a mask'}", flush=True)
+    t = scaled if good else mask
+    ours = [(array(W), array(b)) for W, b in params]
+    found = np.asarray(compiled(lambda x: outputs(ours, x, t))(array(x)))
+    error = np.abs(found - fpnl.forward(params, x))
+    if np.mean(error > 1e-4) > 0.01:  # a sum at the threshold may fall on either side
+        raise RuntimeError(f"{name}: expected the outputs of fpnl.forward, found others, {error.max()} away")
+    return t
+
+
+PEERS = {  # name of the log: row of the table, trainer, its settings
+    "main": ("the main job", main_job, {}),  # of its own settings
+    "signs": ("population ES, signs", functools.partial(population, random_signs), {"members": 64}),
+    "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {"members": 64}),
+    "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), {"members": 64}),
+    "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), {"members": 128}),
+    "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), {"members": 128}),
+    "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), {"members": 128}),
+}
+DEFAULTS = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
+
+
+# --- The race -----------------------------------------------------------------------------------------
+
+
+def race(steps, seconds, images, labels, write):
+    """Rows (seconds, accuracy) of a trainer, whose first two steps, in which it compiles, are not counted."""
+    next(steps), next(steps)
+    spent, looked, rows = 0.0, 0.0, []
+    while spent < seconds:
+        began = time.perf_counter()
+        weights = next(steps, None)
+        spent += time.perf_counter() - began
+        if weights is None:
+            break
+        if spent >= min(1.1 * looked + 0.2, seconds):
+            pieces = (data.pixels(images[i : i + train.PIECE]) for i in range(0, len(images), train.PIECE))
+            found = np.concatenate([fpnl.forward(weights(), x, "hardware").argmax(axis=1) for x in pieces])
+            rows.append((spent, np.mean(found == labels)))
+            write(*rows[-1])
+            looked = spent
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.error = train.fail
+    add = parser.add_argument
+    add("folder", type=pathlib.Path, help="for the logs")
+    add("--peers", nargs="+", choices=PEERS, default=[*PEERS], metavar="NAME", help=f"of {', '.join(PEERS)}")
+    add("--seconds", type=train.LONG, default=300, help="of each (default: 300)")
+    says = "hold out so many training images, and evaluate on them"
+    add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
+    add("--seed", type=train.number(int, 0, math.inf), default=0)
+    for name, kind in (("members", train.COUNT), ("batch", train.COUNT), ("sigma", train.SIZE), ("lr", train.SIZE)):
+        add(f"--{name}", type=kind, nargs="+", help="instead of the settings chosen; several: all combinations")
+    args = parser.parse_args()
+    if odd := [n for n in args.members or [] if n % 2]:
+        raise ValueError(f"--members: expected even numbers, for pairs, found {odd}")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    *sets, images, labels = data.load(validation=args.validation)
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
+    reached = {}
+    for name in args.peers:
+        says, trainer, chosen = PEERS[name]
+        for values in itertools.product(*given.values()) if chosen else [()]:
+            settings = DEFAULTS | chosen | dict(zip(given, values))
+            label = says if name == "main" else f"{says}, {', '.join(f'{k} {v:g}' for k, v in settings.items())}"
+            options = ["--validation", str(args.validation)]
+            steps = trainer(sets=sets, options=options, seed=args.seed, **settings)
+            held = "validation" if args.validation else "test"
+            log = data.open_log(args.folder / f"peers-{name}.csv", {"trainer": label}, ("seconds", held))
+            with log as write:
+                rows = race(steps, args.seconds, images, labels, write)
+            steps.close()
+            reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
+            print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
+    base = reached.get(PEERS["main"][0])
+    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>17.0%}" for mark in MARKS))
+    for label, seconds in reached.items():
+        cells = [f"{at:.1f}" if at < math.inf else f"> {args.seconds:g}" for at in seconds]
+        if base and max(base) < math.inf:
+            cells = [f"{cell} ({min(at, args.seconds) / own:.0f}x)" for cell, at, own in zip(cells, seconds, base)]
+        print(f"{label:75}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+if __name__ == "__main__":
+    with train.command():
+        main()

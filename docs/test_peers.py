@@ -1,0 +1,98 @@
+"""Tests of what peers.py has of its own; of evosax and evotorch, it looks at the network itself, before it trains."""
+
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import peers
+import pytest
+
+import fpnl
+import train
+from test_fpnl import RNG, ROOT, needs_hardware
+
+
+def test_a_framework_that_flushes_one_that_does_not_and_one_with_another_network(capsys, monkeypatch):
+    def mask(z):
+        return z * (np.abs(z) >= np.float32(0.5))
+
+    def flushing(z):
+        return fpnl.divide(z, fpnl.SCALE) * fpnl.SCALE
+
+    def gradual(z):
+        return z / fpnl.SCALE * fpnl.SCALE
+
+    assert peers.flush_of("a", flushing, mask, np.asarray) is flushing
+    assert peers.flush_of("b", gradual, mask, np.asarray) is mask
+    assert capsys.readouterr().out == "a: z / S * S flushes\nb: z / S * S does not flush: a mask\n"
+    with pytest.raises(RuntimeError, match="c: expected the outputs of fpnl.forward, found others"):
+        peers.flush_of("c", gradual, np.positive, np.asarray)
+
+
+@needs_hardware
+@pytest.mark.parametrize("draw", [peers.random_signs, peers.gaussians])
+def test_population_es_is_the_estimate_of_the_textbook(draw, monkeypatch):
+    """One step, the mutations known: the gradient that AdamW gets is the mean of (L(w + sigma e) - L(w - sigma e)) e
+    over the pairs, over 2 sigma."""
+    monkeypatch.setattr(fpnl, "SIZES", (6, 5, 3))
+    monkeypatch.setattr(peers.fpnl, "init", lambda rng: init(RNG(4), fpnl.SIZES))
+    drawn, given = [], []
+    sets = RNG(1).integers(0, 256, (20, 6), dtype=np.uint8), RNG(2).integers(0, 3, 20)
+    noise = [draw(RNG(i), 53) for i in range(6)]
+    monkeypatch.setattr(fpnl, "adamw", lambda w, g, *_: given.append(g.copy()))
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 16)
+    params = next(steps)()
+    images = RNG(3).integers(0, 20, 16)
+    x, y, w = sets[0][images] / np.float32(255), sets[1][images], train.flattened(params)
+
+    def loss(w):
+        return float(fpnl.loss(fpnl.forward(train.as_params(w.astype(np.float32), fpnl.SIZES), x), y))
+
+    expected = np.mean([(loss(w + 0.05 * e) - loss(w - 0.05 * e)) * e for e in noise], axis=0) / 0.1
+    assert drawn == [53] * 6 and len(given) == 1
+    np.testing.assert_allclose(given[0], expected, atol=1e-4 * np.abs(expected).max())
+
+
+init = fpnl.init
+
+
+def test_random_signs_are_signs():
+    signs = peers.random_signs(RNG(0), 10007)
+    assert signs.dtype == np.float32 and set(signs) == {-1, 1} and abs(signs.mean()) < 0.04
+
+
+@needs_hardware
+def test_the_clock_counts_steps_alone(monkeypatch):
+    """Each step takes a second, the evaluation none; the first two are not counted, and a trainer may end."""
+    params, now = fpnl.init(RNG(0), (4, 3)), [0.0]
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: now[0])
+
+    def steps(n):
+        for _ in range(n) if n else itertools.count():
+            now[0] += 1
+            yield lambda: params
+
+    images, rows = RNG(1).integers(0, 256, (50, 4), dtype=np.uint8), []
+    labels = fpnl.forward(params, images / np.float32(255)).argmax(axis=1)
+    found = peers.race(steps(None), 10, images, labels, lambda *row: rows.append(row))
+    assert found == rows and rows[-1] == (10, 1.0) and rows[0] == (1, 1.0)
+    assert peers.race(steps(5), 10, images, 1 - labels, lambda *row: None)[-1] == (3, 0.0)
+
+
+@pytest.mark.slow
+@needs_hardware
+def test_the_command(tmp_path):
+    options = "--peers main signs --members 4 --sigma 0.01 0.02 --seconds 0.5 --validation 1000".split()
+    command = [sys.executable, "docs/peers.py", tmp_path, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [re.sub(r" +", " ", row) for row in done.stdout.splitlines()]
+    assert [row.split(",")[0] for row in rows if " after " in row][1:] == ["population ES"] * 2
+    assert rows[-3].startswith("the main job ") and "sigma 0.02" in rows[-1] and rows[-1].count("> 0.5") == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"peers-main.csv", "peers-signs.csv"}
+    assert "\nseconds,validation\n" in (tmp_path / "peers-main.csv").read_text()
+    done = subprocess.run([*command, "--members", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
