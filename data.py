@@ -1,4 +1,4 @@
-"""Files as arrays: data sets, `train_x, train_y, test_x, test_y = load("mnist")`, and weights of networks.
+"""Files: data sets as arrays, `train_x, train_y, test_x, test_y = load("mnist")`, weights of networks, logs.
 
 A data set is raw IDX files, the format of MNIST: a magic number (0, 0, type, number of dimensions), the
 dimensions as big-endian uint32, and the values, gzipped or not: http://yann.lecun.com/exdb/mnist/
@@ -130,9 +130,12 @@ def check_new_file(path, stream=False):
 def open_log(path, settings, columns, goes_on=False):
     """A CSV file, which begins with what it takes to repeat its numbers -> a function that writes a row of them.
 
-    A log that goes on gets no row twice, and what a kill has cut is ended first.
+    A log that goes on gets no row twice, and what a kill has cut is ended first. Raises ValueError if it is another's.
     """
     text = pathlib.Path(path).read_text("utf-8", "replace") if goes_on and os.path.isfile(path) else ""
+    head = f"# {json.dumps(settings)}"
+    if text and text.partition("\n")[0] != head:
+        raise ValueError(f"{path}: expected the log of this run, to go on with it, found another's")
     known = {row.partition(",")[0] for row in text.splitlines(keepends=True) if row.endswith("\n")}
 
     def write(*values):
@@ -142,7 +145,7 @@ def open_log(path, settings, columns, goes_on=False):
 
     with open(path, "a" if goes_on else "w", encoding="utf-8", errors="replace") as log:
         if not text:
-            print(f"# {json.dumps(settings)}", f"# {provenance()}", ",".join(columns), sep="\n", file=log, flush=True)
+            print(head, f"# {provenance()}", ",".join(columns), sep="\n", file=log, flush=True)
         elif not text.endswith("\n"):
             print(file=log)
         yield write

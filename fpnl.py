@@ -27,7 +27,7 @@ were started while the CPU flushed go on flushing in matrix products, and on a p
 `hardware_ftz` does not know a flush that is on stays on. Another CPU or BLAS sums a matrix product in
 another order.
 
-Left out: data, schedules, processes and files (train.py), and derivatives.
+Left out: data and files (data.py), schedules and processes (train.py), and derivatives.
 
 References
 ----------

@@ -197,7 +197,7 @@ def steps(run, first, last, rank=0, workers=1, measured=measure):
         if place == 0 or step == first:
             order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(run.sets[0]))
         images = order[place * s.batch : (place + 1) * s.batch]
-        lr = s.lr * (1 + math.cos(math.pi * step / run.steps)) / 2
+        lr = s.lr * (1 + math.cos(math.pi * step / max(run.steps, 1))) / 2
         for task, inputs, slopes in measured(run, step, images, rank, workers):
             for array, columns in zip(run.inputs + run.slopes, inputs + slopes):
                 array[:, task] = columns
@@ -268,7 +268,7 @@ def flattened(params):
 def begin(args, method, transfer):
     """A fresh or resumed run, steps done, seconds spent, and what its other set is: test, or held out to validate."""
     sets, step, seconds = data.load(args.data, args.validation), 0, 0.0
-    chosen = {name: getattr(args, name) for name in OPTIONS} | {"hidden": tuple(args.hidden)}
+    chosen = {name: getattr(args, name) for name in OPTIONS} | {"hidden": (*args.hidden,), "epochs": float(args.epochs)}
     classes = 1 + int(max(sets[1].max(), sets[3].max()))
     found = {"data": data.checksum(sets), "inputs": sets[0].shape[1], "classes": classes, "method": method.__name__}
     settings = Settings(**found, **chosen, flush="off" if args.flush == "off" else "on")
@@ -379,10 +379,12 @@ def here(args, run):
     with pool:
         try:
             yield run, everyone, lambda *span, tick: everyone(steps, *span, tick=tick)[0], n
-        except BaseException:
+        except BaseException as error:
             run.control[ASKED] = run.control[ENDED] = 1  # threads end after their step, processes at once
             if threads:
                 run.barrier.abort()
+            if isinstance(error, concurrent.futures.BrokenExecutor):
+                raise RuntimeError("a worker was killed, perhaps for want of memory: go on with --resume") from error
             raise
 
 
@@ -422,7 +424,7 @@ def dask(workers, scheduler):
         client = distributed.Client(**{"address": scheduler, "timeout": 5} if scheduler else own)
         client.wait_for_workers(1, timeout=5)
         if not scheduler:
-            client.run(deaf)
+            client.register_worker_callbacks(deaf)
     except OSError as error:  # TimeoutError, too
         raise ValueError(f"--scheduler: expected workers there, found none: dask worker {scheduler}") from error
     return client, client.get_executor(pure=False), len(client.nthreads())
@@ -493,7 +495,7 @@ def read_run(path):
     try:
         moments, step, seconds = arrays["moments"], number(int, 0, math.inf)(arrays["step"]), SIZE(arrays["seconds"])
         return params, moments, step, seconds, Settings(**arrays["settings"] | sizes)
-    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
         found = "another's" if arrays["settings"] else "weights alone"
         raise ValueError(f"{path}: expected a run of this train.py, found {found}, of use for --evaluate") from error
 
@@ -537,13 +539,11 @@ def command():
             out, sys.stdout = sys.stdout, None  # what cannot be written is not tried again
             out.flush()
             sys.stdout = out
-    except concurrent.futures.BrokenExecutor:
-        fail("a worker was killed, perhaps for want of memory: --resume goes on with what --save has kept")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # who read it has gone: as the signal SIGPIPE
             sys.exit(141)
-        many = isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
-        fail("expected more memory: try smaller --hidden layers or --batch, or fewer --workers" if many else error)
+        many = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        fail("expected more memory: try smaller layers or batches, or fewer workers" if many else error)
     except KeyboardInterrupt as stop:
         fail(*stop.args or ("interrupted", "", 130))
 
@@ -587,9 +587,9 @@ def parse_args(argv=None):
     parser.set_defaults(**texts, flush="off" if saved["flush"] == "off" else flush)
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
-    same = args.save and args.log and args.save.resolve() == args.log.resolve()
+    same = args.log and args.log.resolve() in [path.resolve() for path in (args.save, args.resume) if path]
     if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate or same:
-        fail("expected --engine dask beside --scheduler, --evaluate beside --predict, and --log and --save to differ")
+        fail("expected --engine dask beside --scheduler, --evaluate beside --predict, and another file to --log")
     return args
 
 

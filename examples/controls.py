@@ -139,9 +139,9 @@ def compare(folder, rows, seeds, options):
     """Run everything, a seed after the other; print a table of train and test accuracy in percent."""
     held_out = "validation" if train.parse_args(options).validation else "test"
     tasks = {(seed, row): arguments(folder, row, seed, options) for seed in range(seeds) for row in rows}
+    folder.mkdir(parents=True, exist_ok=True)
     minutes = seeds * sum(seconds(tasks[0, row], *ROWS[row][1:3]) for row in rows) / 60
     print(f"{len(tasks)} runs, about {minutes:.1f} minutes; logs and weights go to {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     table, post = {}, {}
     for (seed, row), args in tasks.items():
         says, method, transfer, _ = ROWS[row]
@@ -191,7 +191,7 @@ def under_other_arithmetic(args, log, held_out):
             logits(lambda x, ftz=f: fpnl.forward(params, x, ftz), sets[2]).view("u4") for f in (True, "hardware")
         )
         print(f"logits that differ between the emulation and the CPU's flags: {np.sum(ours != cpu)} of {ours.size}")
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8", errors="backslashreplace") as file:
         print(f"# {args.save} with every scale at S\nlog2S,{held_out}", file=file)
         for exponent in EXPONENTS:
             scale = np.float32(2.0**exponent)
@@ -221,8 +221,8 @@ def main():
             )
         try:
             compare(args.folder, args.rows, args.seeds, options)
-        except KeyboardInterrupt:
-            train.fail(f"interrupted: what is done is in {args.folder}", "", 130)
+        except KeyboardInterrupt as stop:
+            train.fail(f"interrupted: what is done is in {args.folder}", "", stop.args[2] if stop.args else 130)
 
 
 if __name__ == "__main__":

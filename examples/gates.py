@@ -30,6 +30,7 @@ those within +-tolerance, 1e-6 or 1e-4 of the largest magnitude.
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import math
@@ -211,7 +212,8 @@ def main():
     tasks = [*itertools.product(parts, UNITS, range(args.seeds), [args])]
     tasks = [task for task in tasks if task[0] is parts[0] or task[1] != "underflow"]
     log = open(args.log, "w", encoding="utf-8", errors="backslashreplace")
-    with log, concurrent.futures.ProcessPoolExecutor() as pool:
+    with log, concurrent.futures.ProcessPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C ends it
         print(f"# python {' '.join(sys.argv)}; {data.provenance()}\nunit,seed,measure,at,value", file=log, flush=True)
         found = [pool.submit(*task) for task in tasks]
         rows = [(*task[1:3], *row) for task, future in zip(tasks, found) for row in future.result()]

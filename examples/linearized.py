@@ -23,6 +23,7 @@ x: [points, 784], the n images that are trained on first; y: [n, outputs]; f: [p
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import os
@@ -256,7 +257,8 @@ def main():
         tasks += [(study, classes, network, args.hidden, width, seed) for seed in seeds]
     data.load()  # a damaged set ends here and not in a worker
     log = open(args.log, "w", encoding="utf-8", errors="backslashreplace")
-    with log, concurrent.futures.ProcessPoolExecutor() as pool:
+    with log, concurrent.futures.ProcessPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C ends it
         print(
             f"# python {' '.join(sys.argv)}; {data.provenance()}\nmeasure,setting,width,seed,value",
             file=log,

@@ -1,6 +1,7 @@
 """The tests of controls.py."""
 
 import re
+import statistics
 import subprocess
 import sys
 
@@ -136,3 +137,14 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
         assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/RESULTS.md"])
+def test_the_published_table_is_that_of_the_published_logs(document):
+    """Mean and standard deviation of the last rows of three seeds each."""
+    text = (ROOT / document).read_text().replace("*", "")
+    for name in controls.ROWS:
+        last = [(ROOT / f"docs/runs/{name}-{seed}.csv").read_text().splitlines()[-1].split(",") for seed in range(3)]
+        columns = [[100 * float(row[i]) for row in last] for i in (3, 4)]
+        cells = " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns)
+        assert f"| {cells} |" in text, (name, cells)
