@@ -139,9 +139,9 @@ def compare(folder, rows, seeds, options):
     """Run everything, a seed after the other; print a table of train and test accuracy in percent."""
     held_out = "validation" if train.parse_args(options).validation else "test"
     tasks = {(seed, row): arguments(folder, row, seed, options) for seed in range(seeds) for row in rows}
-    folder.mkdir(parents=True, exist_ok=True)
     minutes = seeds * sum(seconds(tasks[0, row], *ROWS[row][1:3]) for row in rows) / 60
     print(f"{len(tasks)} runs, about {minutes:.1f} minutes; logs and weights go to {folder}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     table, post = {}, {}
     for (seed, row), args in tasks.items():
         says, method, transfer, _ = ROWS[row]
