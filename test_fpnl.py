@@ -2800,6 +2800,29 @@ def test_ctrl_c_in_the_terminal_of_workers_elsewhere(small, tmp_path, engine):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_workers_start_afresh(small, tmp_path):
+    """It reaches them, too, before they can ignore it: an interruption, not a want of memory."""
+    (tmp_path / "mine.py").write_text(
+        """
+import numpy, sys, time, train  # in this order: they start afresh
+
+if __name__ == "__main__":
+    train.main(sys.argv[1:])
+else:
+    time.sleep(30)
+"""
+    )
+    command = [str(part) for part in [sys.executable, tmp_path / "mine.py", *small, "--workers", 2]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    assert "2 workers" in child.stdout.readline()
+    time.sleep(1)
+    os.killpg(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and errors.endswith("\nmine.py: interrupted\n") and "memory" not in errors
+
+
 def on_a_terminal(*arguments, **environment):
     """What a terminal gets."""
     pty = pytest.importorskip("pty", reason="POSIX terminals")

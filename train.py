@@ -380,10 +380,12 @@ def here(args, run):
         try:
             yield run, everyone, lambda *span, tick: everyone(steps, *span, tick=tick)[0], n
         except BaseException as error:
-            run.control[ASKED] = run.control[ENDED] = 1  # threads end after their step, processes at once
+            asked, run.control[ASKED], run.control[ENDED] = run.control[ASKED], 1, 1  # threads end after their step
             if threads:
                 run.barrier.abort()
             if isinstance(error, concurrent.futures.BrokenExecutor):
+                if asked:  # the signal had reached a process that was not deaf yet
+                    raise KeyboardInterrupt from error
                 raise RuntimeError("a worker was killed, perhaps for want of memory: go on with --resume") from error
             raise
 
@@ -536,9 +538,7 @@ def command():
         try:
             yield
         finally:
-            out, sys.stdout = sys.stdout, None  # what cannot be written is not tried again
-            out.flush()
-            sys.stdout = out
+            sys.stdout.flush()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # who read it has gone: as the signal SIGPIPE
             sys.exit(141)
