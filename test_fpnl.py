@@ -2814,7 +2814,7 @@ else:
 """
     )
     command = [str(part) for part in [sys.executable, tmp_path / "mine.py", *small, "--workers", 2]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "2"}  # else they need not
     child = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
     assert "2 workers" in child.stdout.readline()
     time.sleep(1)
