@@ -187,32 +187,33 @@ def shares(run):
 def noise(options="", steps=(0, 30, 120, 480), batches=12):
     """Standard deviation of the gradient over the mutations, in units of that over the batches."""
     run, blocks = job(options, steps=0), (1, 2, 4, 8, 16)
-    s, (images, labels, *_), params = run.settings, run.sets, run.params
     print(f"steps of training, layer, control variate, then the noise with blocks of {', '.join(map(str, blocks))}")
     print("(the prediction alone has no mutations in these layers, and no noise)")
     for done, target in itertools.pairwise((0, *steps)):
         train.steps(run, done, target)
-        for control_variate in (False, True):
-            ratios = []
-            for block in blocks:
-                drawn = []  # [batches][2 draws of mutations][layers]
-                for i in range(batches):
-                    rows = slice(i * s.batch, (i + 1) * s.batch)
-                    x, y = data.pixels(images[rows]), labels[rows]
-                    how = {"control_variate": control_variate, "ftz": run.net["ftz"]}
-                    rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
-                    draws = [fpnl.es_gradient(params, x, y, rng, s.sigma, block, **how) for rng in rngs]
-                    drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
-                for_layers = []
-                for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 2)):
-                    by_mutation = sum(np.sum((u - v) ** 2) for u, v in zip(a, b)) / 2 / batches
-                    mean = sum(a) / batches
-                    of_both = sum(np.sum((u - mean) ** 2) for u in a) / (batches - 1)
-                    for_layers.append(math.sqrt(by_mutation / max(of_both - by_mutation, 1e-30)))
-                ratios.append(for_layers)
-            for l, row in enumerate(zip(*ratios)):
-                name = "yes" if control_variate else "no"
+        for name, control_variate in (("no", False), ("yes", True)):
+            columns = [noise_of_layers(run, batches, block, control_variate) for block in blocks]
+            for l, row in enumerate(zip(*columns)):
                 print(f"{target:6} {l + 1:6} {name:>6}    " + "".join(f"{value:8.2f}" for value in row))
+
+
+def noise_of_layers(run, batches, block, control_variate):
+    """Of each layer but the last, from two draws of mutations for each batch."""
+    s, drawn = run.settings, []  # [batches][2 draws][layers]
+    for i in range(batches):
+        rows = slice(i * s.batch, (i + 1) * s.batch)
+        x, y = data.pixels(run.sets[0][rows]), run.sets[1][rows]
+        how = {"control_variate": control_variate, "ftz": run.net["ftz"]}
+        rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
+        draws = [fpnl.es_gradient(run.params, x, y, rng, s.sigma, block, **how) for rng in rngs]
+        drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
+    found = []
+    for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 2)):
+        by_mutation = sum(np.sum((u - v) ** 2) for u, v in zip(a, b)) / 2 / batches
+        mean = sum(a) / batches
+        of_both = sum(np.sum((u - mean) ** 2) for u in a) / (batches - 1)
+        found.append(math.sqrt(by_mutation / max(of_both - by_mutation, 1e-30)))
+    return found
 
 
 def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):

@@ -26,7 +26,10 @@ import sys
 import time
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a worker
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "examples"))
+import controls
 import numpy as np
 
 import data
@@ -89,8 +92,7 @@ def evosax(name, sets, seed, members, sigma, lr, batch, **_):
     import optax
     from evosax import algorithms
 
-    scaled, mask = lambda z: z / fpnl.SCALE * fpnl.SCALE, lambda z: z * (abs(z) >= 0.5)
-    t = flush_of("evosax", scaled, mask, jnp.asarray, jax.jit)
+    t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
     es = getattr(algorithms, name)(members, start, optimizer=optax.adam(lr), **schedule)
@@ -127,7 +129,7 @@ def evotorch(name, sets, seed, members, sigma, lr, batch, **_):
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     scale, rng = torch.tensor(fpnl.SCALE), np.random.default_rng(seed)
-    t = flush_of("evotorch", lambda z: z / scale * scale, lambda z: z * (abs(z) >= 0.5), torch.from_numpy)
+    t = flush_of("evotorch", lambda z: z / scale * scale, torch.from_numpy)
     shapes = [shape for i, o in itertools.pairwise(fpnl.SIZES) for shape in ((i, o), (o,))]
 
     class Losses(evotorch.Problem):
@@ -160,14 +162,19 @@ def outputs(params, x, t):
     return h
 
 
-def flush_of(name, scaled, mask, array, compiled=lambda function: function):
+def mask(z):
+    """The dead zone, where it has to be told."""
+    return z * (abs(z) >= 0.5)
+
+
+def flush_of(name, scaled, array, compiled=lambda function: function):
     """`scaled`, z / S * S in a framework, if it flushes in its programs and in all its threads, else `mask`.
 
     Raises RuntimeError if the framework's network is not that of fpnl.forward.
     """
     rng = np.random.default_rng(0)
     z, params, x = rng.uniform(-1, 1, 1 << 20).astype(np.float32), fpnl.init(rng), rng.random((256, 784), np.float32)
-    good = np.array_equal(compiled(scaled)(array(z)), z * (np.abs(z) >= np.float32(0.5)))
+    good = np.array_equal(compiled(scaled)(array(z)), mask(z))
     print(f"{name}: z / S * S {'flushes' if good else 'does not flush: a mask'}", flush=True)
     t = scaled if good else mask
     ours = [(array(W), array(b)) for W, b in params]
@@ -204,9 +211,8 @@ def race(steps, seconds, images, labels, write):
         if weights is None:
             break
         if spent >= min(1.1 * looked + 0.2, seconds):
-            pieces = (data.pixels(images[i : i + train.PIECE]) for i in range(0, len(images), train.PIECE))
-            found = np.concatenate([fpnl.forward(weights(), x, "hardware").argmax(axis=1) for x in pieces])
-            rows.append((spent, np.mean(found == labels)))
+            forward = functools.partial(fpnl.forward, weights(), ftz="hardware")
+            rows.append((spent, fpnl.accuracy(controls.logits(forward, images), labels)))
             write(*rows[-1])
             looked = spent
     return rows

@@ -15,20 +15,17 @@ from test_fpnl import RNG, ROOT, needs_hardware
 
 
 def test_a_framework_that_flushes_one_that_does_not_and_one_with_another_network(capsys, monkeypatch):
-    def mask(z):
-        return z * (np.abs(z) >= np.float32(0.5))
-
     def flushing(z):
         return fpnl.divide(z, fpnl.SCALE) * fpnl.SCALE
 
     def gradual(z):
         return z / fpnl.SCALE * fpnl.SCALE
 
-    assert peers.flush_of("a", flushing, mask, np.asarray) is flushing
-    assert peers.flush_of("b", gradual, mask, np.asarray) is mask
+    assert peers.flush_of("a", flushing, np.asarray) is flushing
+    assert peers.flush_of("b", gradual, np.asarray) is peers.mask
     assert capsys.readouterr().out == "a: z / S * S flushes\nb: z / S * S does not flush: a mask\n"
     with pytest.raises(RuntimeError, match="c: expected the outputs of fpnl.forward, found others"):
-        peers.flush_of("c", gradual, np.positive, np.asarray)
+        peers.flush_of("c", flushing, lambda a: np.float32(2) * a)
 
 
 @needs_hardware
