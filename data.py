@@ -113,14 +113,15 @@ def pixels(x):
 
 def check_new_file(path, stream=False):
     """Raise ValueError or OSError if `save_weights`, or, to a stream, `open_log`, cannot write there."""
-    mode, good = None, False
+    mode = None
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode  # of what a link names
-    if not mode or os.access(path, os.W_OK) and (stat.S_ISREG(mode) or stream and not stat.S_ISDIR(mode)):
-        with contextlib.suppress(OSError):
-            if not (mode and stream):
-                tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
-            good = True
+    good = not mode or os.access(path, os.W_OK) and (stat.S_ISREG(mode) or stream and not stat.S_ISDIR(mode))
+    if good and not (mode and stream):
+        try:
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        except OSError:
+            good = False
     if not good:
         kind = "a file" if stream else "a regular file"
         raise ValueError(f"{path}: expected {kind} in a folder to write to, found none")
