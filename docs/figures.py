@@ -34,6 +34,15 @@ RUNS = {  # in the order of their final errors
     "es": ("ES, flush to zero", BLUE, "-"),
     "relu": ("backprop, ReLU", GREEN, ":"),
 }
+PEERS = {  # in the order of their final accuracies
+    "main": ("the main job", BLUE, "-"),
+    "signs": ("population ES, signs", ORANGE, "-"),
+    "gaussians": ("population ES, Gaussians", ORANGE, "--"),
+    "open-es": ("evosax Open_ES", GREEN, "-"),
+    "pgpe": ("evosax PGPE", GREEN, "--"),
+    "torch-pgpe": ("evotorch PGPE", RED, "--"),
+    "torch-snes": ("evotorch SNES", RED, ":"),
+}
 UNITS = {
     "identity": (BLACK, "-"),
     "dead zone": (BLUE, "-"),
@@ -66,6 +75,16 @@ def learning(axes):
     axes.axhline(100 - 96.7, color=GREY, linewidth=1, label="the post's ES: 3.3 %")
     axes.set(xlabel="seconds, 2 cores", ylabel="test error, percent", yscale="log", ylim=(1, 20))
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+
+
+def peers(axes):
+    """docs/peers.py: test accuracy against seconds, of population ES and of the main job."""
+    for name, (label, colour, style) in PEERS.items():
+        log = read(DOCS / "runs" / f"peers-{name}.csv")
+        axes.plot(log["seconds"], 100 * log["test"], linestyle=style, color=colour, label=label)
+    axes.set(xlabel="seconds, 2 cores", ylabel="test accuracy, percent", xscale="log", xlim=(0.2, 300), ylim=(0, 100))
+    axes.set_xticks([0.3, 1, 3, 10, 30, 100, 300], ["0.3", "1", "3", "10", "30", "100", "300"])
     axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
 
 
@@ -187,7 +206,7 @@ def read(path, **options):
 
 
 def main():
-    for name, draw in {"transfer": transfer, "learning": learning, "scale": scale}.items():
+    for name, draw in {"transfer": transfer, "learning": learning, "peers": peers, "scale": scale}.items():
         figure, axes = plt.subplots(layout="constrained")
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})

@@ -51,7 +51,7 @@ def main_job(sets, options, seed, **_):
             yield lambda: run.params
 
 
-def population(draw, sets, seed, members, sigma, lr, batch, **_):
+def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
     """g = E[(L(w + sigma e) - L(w - sigma e)) e] / (2 sigma) over pairs of members, a share of them a thread; AdamW."""
     rng, threads = np.random.default_rng(seed), train.cores()
     w = train.flattened(fpnl.init(rng))
@@ -70,7 +70,7 @@ def population(draw, sets, seed, members, sigma, lr, batch, **_):
             x, y = data.pixels(sets[0][images]), sets[1][images]
             pairs = [len(part) for part in np.array_split(np.arange(members // 2), threads)]
             g = sum(pool.map(functools.partial(share, x, y), pairs, rng.spawn(threads)))
-            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr)
+            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr, decay)
             yield lambda: train.as_params(w, fpnl.SIZES)
 
 
@@ -86,7 +86,7 @@ def gaussians(rng, n):
     return rng.standard_normal(n, np.float32)
 
 
-def evosax(name, sets, seed, members, sigma, lr, batch, **_):
+def evosax(name, sets, seed, members, sigma, lr, decay, batch, **_):
     import jax
     import jax.numpy as jnp
     import optax
@@ -95,7 +95,7 @@ def evosax(name, sets, seed, members, sigma, lr, batch, **_):
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    es = getattr(algorithms, name)(members, start, optimizer=optax.adam(lr), **schedule)
+    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=decay), **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
     @jax.jit
@@ -187,14 +187,14 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 PEERS = {  # name of the log: row of the table, trainer, its settings
     "main": ("the main job", main_job, {}),  # of its own settings
-    "signs": ("population ES, signs", functools.partial(population, random_signs), {"members": 64}),
-    "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {"members": 64}),
-    "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), {"members": 64}),
-    "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), {"members": 128}),
-    "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), {"members": 128}),
-    "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), {"members": 128}),
+    "signs": ("population ES, signs", functools.partial(population, random_signs), {}),
+    "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {}),
+    "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), {}),
+    "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), {"members": 128, "lr": 1e-2}),
+    "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), {"lr": 1e-2}),
+    "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), {"lr": 3}),
 }
-DEFAULTS = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
+DEFAULTS = {"members": 64, "sigma": 0.02, "lr": 3e-3, "decay": 0, "batch": 256}  # evotorch has no decay
 
 
 # --- The race -----------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ def main():
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
     add("--seed", type=train.number(int, 0, math.inf), default=0)
-    for name, kind in (("members", train.COUNT), ("batch", train.COUNT), ("sigma", train.SIZE), ("lr", train.SIZE)):
+    kinds = {"members": train.COUNT, "batch": train.COUNT, "sigma": train.SIZE, "lr": train.SIZE, "decay": train.SIZE}
+    for name, kind in kinds.items():
         add(f"--{name}", type=kind, nargs="+", help="instead of the settings chosen; several: all combinations")
     args = parser.parse_args()
     if odd := [n for n in args.members or [] if n % 2]:
@@ -239,7 +240,7 @@ def main():
     reached = {}
     for name in args.peers:
         says, trainer, chosen = PEERS[name]
-        for values in itertools.product(*given.values()) if chosen else [()]:
+        for values in itertools.product(*given.values()) if name != "main" else [()]:
             settings = DEFAULTS | chosen | dict(zip(given, values))
             label = says if name == "main" else f"{says}, {', '.join(f'{k} {v:g}' for k, v in settings.items())}"
             options = ["--validation", str(args.validation)]
