@@ -37,6 +37,7 @@ RUNS = {  # in the order of their final errors
 PEERS = {  # in the order of their final accuracies
     "main": ("the main job", BLUE, "-"),
     "signs": ("population ES, signs", ORANGE, "-"),
+    "signs-256": ("with 256 members", ORANGE, ":"),
     "gaussians": ("population ES, Gaussians", ORANGE, "--"),
     "open-es": ("evosax Open_ES", GREEN, "-"),
     "pgpe": ("evosax PGPE", GREEN, "--"),

@@ -188,6 +188,7 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 PEERS = {  # name of the log: row of the table, trainer, its settings
     "main": ("the main job", main_job, {}),  # of its own settings
     "signs": ("population ES, signs", functools.partial(population, random_signs), {}),
+    "signs-256": ("population ES, signs", functools.partial(population, random_signs), {"members": 256}),
     "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {}),
     "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), {}),
     "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), {"members": 128, "lr": 1e-2}),
