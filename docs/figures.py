@@ -34,10 +34,10 @@ RUNS = {  # in the order of their final errors
     "es": ("ES, flush to zero", BLUE, "-"),
     "relu": ("backprop, ReLU", GREEN, ":"),
 }
-PEERS = {  # in the order of their final accuracies
+PEERS = {  # as in docs/peers.py
     "main": ("the main job", BLUE, "-"),
     "signs": ("population ES, signs", ORANGE, "-"),
-    "signs-256": ("with 256 members", ORANGE, ":"),
+    "signs-256": ("the same, 256 members", ORANGE, ":"),
     "gaussians": ("population ES, Gaussians", ORANGE, "--"),
     "open-es": ("evosax Open_ES", GREEN, "-"),
     "pgpe": ("evosax PGPE", GREEN, "--"),

@@ -254,12 +254,13 @@ def main():
             reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
             print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
     base = reached.get(PEERS["main"][0])
-    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>17.0%}" for mark in MARKS))
+    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>19.0%}" for mark in MARKS))
     for label, seconds in reached.items():
-        cells = [f"{at:.1f}" if at < math.inf else f"> {args.seconds:g}" for at in seconds]
+        least = [("" if at < math.inf else "> ", min(at, args.seconds)) for at in seconds]
+        cells = [f"{more}{at:.1f}" for more, at in least]
         if base and max(base) < math.inf:
-            cells = [f"{cell} ({min(at, args.seconds) / own:.0f}x)" for cell, at, own in zip(cells, seconds, base)]
-        print(f"{label:75}" + "".join(f"{cell:>17}" for cell in cells))
+            cells = [f"{cell} ({more}{at / own:.0f}x)" for cell, (more, at), own in zip(cells, least, base)]
+        print(f"{label:75}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 if __name__ == "__main__":
