@@ -40,7 +40,7 @@ def test_population_es_is_the_estimate_of_the_textbook(draw, monkeypatch):
     noise = [draw(RNG(i), 53) for i in range(6)]
     monkeypatch.setattr(fpnl, "adamw", lambda w, g, *_: given.append(g.copy()))
     monkeypatch.setattr(train, "cores", lambda: 2)
-    steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 16)
+    steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 0, 16)
     params = next(steps)()
     images = RNG(3).integers(0, 20, 16)
     x, y, w = sets[0][images] / np.float32(255), sets[1][images], train.flattened(params)
