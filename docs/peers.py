@@ -162,21 +162,16 @@ def outputs(params, x, t):
     return h
 
 
-def mask(z):
-    """The dead zone, where it has to be told."""
-    return z * (abs(z) >= 0.5)
-
-
 def flush_of(name, scaled, array, compiled=lambda function: function):
-    """`scaled`, z / S * S in a framework, if it flushes in its programs and in all its threads, else `mask`.
+    """`scaled`, z / S * S in a framework, if it flushes in its programs and in all its threads, else the dead zone.
 
     Raises RuntimeError if the framework's network is not that of fpnl.forward.
     """
     rng = np.random.default_rng(0)
     z, params, x = rng.uniform(-1, 1, 1 << 20).astype(np.float32), fpnl.init(rng), rng.random((256, 784), np.float32)
-    good = np.array_equal(compiled(scaled)(array(z)), mask(z))
+    good = np.array_equal(compiled(scaled)(array(z)), controls.dead_zone(z))
     print(f"{name}: z / S * S {'flushes' if good else 'does not flush: a mask'}", flush=True)
-    t = scaled if good else mask
+    t = scaled if good else controls.dead_zone
     ours = [(array(W), array(b)) for W, b in params]
     found = np.asarray(compiled(lambda x: outputs(ours, x, t))(array(x)))
     error = np.abs(found - fpnl.forward(params, x))

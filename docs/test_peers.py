@@ -22,7 +22,7 @@ def test_a_framework_that_flushes_one_that_does_not_and_one_with_another_network
         return z / fpnl.SCALE * fpnl.SCALE
 
     assert peers.flush_of("a", flushing, np.asarray) is flushing
-    assert peers.flush_of("b", gradual, np.asarray) is peers.mask
+    assert peers.flush_of("b", gradual, np.asarray) is peers.controls.dead_zone
     assert capsys.readouterr().out == "a: z / S * S flushes\nb: z / S * S does not flush: a mask\n"
     with pytest.raises(RuntimeError, match="c: expected the outputs of fpnl.forward, found others"):
         peers.flush_of("c", flushing, lambda a: np.float32(2) * a)
@@ -38,9 +38,9 @@ def test_population_es_is_the_estimate_of_the_textbook(draw, monkeypatch):
     drawn, given = [], []
     sets = RNG(1).integers(0, 256, (20, 6), dtype=np.uint8), RNG(2).integers(0, 3, 20)
     noise = [draw(RNG(i), 53) for i in range(6)]
-    monkeypatch.setattr(fpnl, "adamw", lambda w, g, *_: given.append(g.copy()))
+    monkeypatch.setattr(fpnl, "adamw", lambda w, g, m, v, *how: given.append((g.copy(), how)))
     monkeypatch.setattr(train, "cores", lambda: 2)
-    steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 0, 16)
+    steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 0.3, 16)
     params = next(steps)()
     images = RNG(3).integers(0, 20, 16)
     x, y, w = sets[0][images] / np.float32(255), sets[1][images], train.flattened(params)
@@ -49,8 +49,9 @@ def test_population_es_is_the_estimate_of_the_textbook(draw, monkeypatch):
         return float(fpnl.loss(fpnl.forward(train.as_params(w.astype(np.float32), fpnl.SIZES), x), y))
 
     expected = np.mean([(loss(w + 0.05 * e) - loss(w - 0.05 * e)) * e for e in noise], axis=0) / 0.1
-    assert drawn == [53] * 6 and len(given) == 1
-    np.testing.assert_allclose(given[0], expected, atol=1e-4 * np.abs(expected).max())
+    [(found, how)] = given
+    assert drawn == [53] * 6 and how == (1, 0.1, 0.3)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 init = fpnl.init
@@ -77,6 +78,18 @@ def test_the_clock_counts_steps_alone(monkeypatch):
     found = peers.race(steps(None), 10, images, labels, lambda *row: rows.append(row))
     assert found == rows and rows[-1] == (10, 1.0) and rows[0] == (1, 1.0)
     assert peers.race(steps(5), 10, images, 1 - labels, lambda *row: None)[-1] == (3, 0.0)
+
+
+def test_the_published_race_is_that_of_the_published_logs():
+    """Seconds to each accuracy, their ratio to those of the main job, and the last accuracy."""
+    text, base = (ROOT / "docs/RESULTS.md").read_text(), None
+    for name, (says, *_) in peers.PEERS.items():
+        log = np.genfromtxt(ROOT / f"docs/runs/peers-{name}.csv", delimiter=",", names=True, skip_header=2)
+        at = [log["seconds"][log["test"] >= mark] for mark in peers.MARKS]
+        base = base or [times[0] for times in at]
+        cells = [f"{t[0]:.1f} ({t[0] / b:.0f}x)" if len(t) else f"> 300 (> {300 / b:.0f}x)" for t, b in zip(at, base)]
+        row = " | ".join([*cells, f"{100 * log['test'][-1]:.2f}"]).replace(" (1x)", "")
+        assert re.search(rf"\| {says}[^|]* \| {re.escape(row)} \|\n", text), (name, row)
 
 
 @pytest.mark.slow

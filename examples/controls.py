@@ -109,8 +109,8 @@ def in_columns(inputs, deltas, biases):
 
 
 def dead_zone(z):
-    """What a flush does to z / S, in units of 1/S."""
-    return z * (np.abs(z) >= np.float32(0.5))
+    """What a flush does to z / S, in units of 1/S; of any framework's array."""
+    return z * (abs(z) >= 0.5)
 
 
 def rectify(z):
