@@ -2436,7 +2436,7 @@ train.main([*sys.argv[1:], "--log", "/dev/stdout", "--save", "w.npz"])
 
 
 DIVERGES = """
-import os, signal, sys, train
+import os, signal, sys, time, train
 import numpy as np
 
 calls = []
@@ -2448,6 +2448,7 @@ def method(settings, net, params, x, labels, signs):
     if len(calls) == 25:
         slopes[WHICH][:] = VALUE
         SIGNAL
+        time.sleep(1)  # the main thread hears the signal within this step, however busy the machine
     return inputs, slopes
 
 method.__name__ = "es"
