@@ -76,7 +76,9 @@ needs_hardware = pytest.mark.skipif(not HARDWARE, reason="fpnl cannot switch thi
 OPS = ("add", "subtract", "multiply", "divide")
 MODES = list(itertools.product((False, True), repeat=2))  # FTZ, DAZ
 CPU_TININESS = "before" if platform.machine().lower() in ("aarch64", "arm64") else "after"
+THIS_CPUS_MODES = MODES if CPU_TININESS == "after" else [(False, False), (True, True)]  # Arm: both at once
 TINY = fpnl.TINY
+ONE_FLAG = "this CPU switches FTZ and DAZ only together"
 all_ops = pytest.mark.parametrize("op", OPS)
 all_modes = pytest.mark.parametrize(("ftz", "daz"), MODES)
 
@@ -110,7 +112,7 @@ def grid():
 
 
 @functools.cache
-def directed(n=60_000):
+def directed(n=200_000):
     """Pairs whose product, quotient or sum is at the threshold, many of them where the naive mask is wrong."""
     rng = RNG(1)
     # a * b: A has m bits, B 24, and A B is the last product below 2^(m+23) (1 - 2^-25), or a neighbour.
@@ -163,8 +165,8 @@ def scaling():
 @contextlib.contextmanager
 def cpu_mode(ftz, daz):
     """fpnl.hardware_ftz, skipping the test where FTZ and DAZ are one flag."""
-    if ftz != daz and CPU_TININESS == "before":
-        pytest.skip("this CPU switches FTZ and DAZ only together")
+    if (ftz, daz) not in THIS_CPUS_MODES:
+        pytest.skip(ONE_FLAG)
     with fpnl.hardware_ftz(daz, ftz):
         yield
 
@@ -258,7 +260,7 @@ def test_the_naive_mask_fails():
 @pytest.mark.parametrize("tininess", ["after", "before"])
 @pytest.mark.parametrize("daz", [True, False])
 @all_ops
-@pytest.mark.parametrize("vectors", [pytest.param(directed, marks=pytest.mark.slow), some])
+@pytest.mark.parametrize("vectors", [pytest.param(functools.partial(directed, 60_000), marks=pytest.mark.slow), some])
 def test_bits_of_softfloat(vectors, op, daz, tininess):
     """An independent implementation, and the proof for AArch64's rule."""
     found = getattr(fpnl, op)(*vectors(), daz=daz, tininess=tininess)
@@ -416,18 +418,19 @@ def environment():
 @all_modes
 def test_the_cpu_enters_a_mode_and_returns(ftz, daz):
     """From any mode into any other, an exception or none; exactly what was there comes back."""
+    flags()  # some exceptions are noted in the environment, and stay
     start = environment()
     with cpu_mode(ftz, daz):
-        outer = environment()
         assert flags() == (ftz, daz)
-        for inner in (True, False):
-            with fpnl.hardware_ftz(daz=inner):
-                assert flags() == (True, inner)
+        outer = environment()
+        for one, other in itertools.product(THIS_CPUS_MODES, repeat=2):
+            with fpnl.hardware_ftz(ftz=one[0], daz=one[1]):
+                assert flags() == one
             assert environment() == outer
-            with pytest.raises(ZeroDivisionError), fpnl.hardware_ftz(daz=inner):
-                with fpnl.hardware_ftz(daz=not inner):
-                    assert flags() == (True, not inner)
-                assert flags() == (True, inner)
+            with pytest.raises(ZeroDivisionError), fpnl.hardware_ftz(ftz=one[0], daz=one[1]):
+                with fpnl.hardware_ftz(ftz=other[0], daz=other[1]):
+                    assert flags() == other
+                assert flags() == one
                 raise ZeroDivisionError
             assert environment() == outer
         assert flags() == (ftz, daz)
@@ -2844,3 +2847,40 @@ def on_a_terminal(*arguments, **environment):
 def test_a_terminal_that_cannot_go_back_in_a_line_gets_whole_lines(small):
     shown = on_a_terminal(*small, "--epochs", 30, "--reports", 2, TERM="dumb")
     assert "\r" not in shown and "\x1b" not in shown and len(shown.splitlines()) == 6
+
+
+# --- AArch64, under QEMU's emulation -------------------------------------------------------------------
+
+ARM = ROOT / ".aarch64" / "python"
+needs_arm = pytest.mark.skipif(not ARM.exists(), reason="needs an Arm Python under QEMU: .ci/aarch64 .aarch64")
+
+
+def on_aarch64(*arguments):
+    done = subprocess.run([ARM, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+@needs_arm
+def test_aarch64_has_the_same_arithmetic():
+    """These tests there, on FPCR.FZ: what the CPU computes, both rules, and the modes, of which it has two."""
+    chosen = "bits_of or scaling_of_every or naive or golden or gpu or posts_examples or enters_a_mode or decorator"
+    done = on_aarch64("-m", "pytest", "-p", "no:cacheprovider", "-rs", "test_fpnl.py", "-k", chosen)
+    reasons = re.findall(r"^SKIPPED .*?: (.*)$", done.stdout, re.MULTILINE)
+    assert {*reasons} == {ONE_FLAG}, reasons
+    passed = int(re.search(r"(\d+) passed, ", done.stdout)[1])
+    assert passed > 3 * len(OPS) * len(THIS_CPUS_MODES) and "aarch64" in on_aarch64("-m", "platform").stdout
+
+
+@pytest.mark.slow
+@needs_arm
+def test_aarch64_trains_emulated_and_by_its_flags_to_the_same_bits(mnist, tmp_path):
+    """And as well as here, where sums are taken in another order."""
+    command = ["train.py", "--data", write_slice(mnist, tmp_path, 2000, 1000), "--engine", "threads", "--workers", 1]
+    command += "--hidden 32 32 --batch 100 --epochs 2 --lr 1e-2 --block 4 --reports 1 --flush".split()
+    emulated, flags = (on_aarch64(*command, how, "--save", tmp_path / how) for how in ("emulated", "hardware"))
+    assert_same_weights(tmp_path / "hardware", saved(tmp_path / "emulated"))
+    here = run(*command[1:], "emulated")
+    assert result(emulated)[0] == result(flags)[0] == pytest.approx(result(here)[0], abs=0.05)
+    assert result(here)[0] > 0.8

@@ -106,7 +106,7 @@ def scale(axes):
 def plane(figure, points=240):
     """The digits that the main job's network sees on the plane through three test images, with and without the flush:
     the first of three digits that are right with it and wrong without."""
-    params, _ = data.load_weights(DOCS / "runs" / "es-0.npz")
+    params, _ = data.load_weights(DOCS / "weights.npz")
     _, _, images, labels = data.load()
     images = data.pixels(images)
     right, wrong = (fpnl.forward(params, images, ftz).argmax(axis=1) == labels for ftz in (True, False))
@@ -211,16 +211,10 @@ def main():
         figure, axes = plt.subplots(layout="constrained")
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
-    for name, (draw, height) in {"gates": (gates, 5.6), "linearized": (linearized, 3.8)}.items():
+    for name, (draw, height) in {"gates": (gates, 5.6), "linearized": (linearized, 3.8), "plane": (plane, 4)}.items():
         figure = plt.figure(figsize=(7.2, height), layout="constrained")
         draw(figure)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
-    if not (DOCS / "runs" / "es-0.npz").exists():
-        print("plane.svg stays as it is: docs/runs/es-0.npz is made by python examples/controls.py docs/runs")
-        return
-    figure = plt.figure(figsize=(7.2, 4), layout="constrained")
-    plane(figure)
-    figure.savefig(DOCS / "plane.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The tests of controls.py."""
 
+import json
 import re
 import statistics
 import subprocess
@@ -148,3 +149,14 @@ def test_the_published_table_is_that_of_the_published_logs(document):
         columns = [[100 * float(row[i]) for row in last] for i in (3, 4)]
         cells = " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns)
         assert f"| {cells} |" in text, (name, cells)
+
+
+def test_the_published_weights_are_those_of_the_main_job(mnist):
+    """Its settings as they are now, and the accuracy that its log ends with."""
+    params, arrays = data.load_weights(ROOT / "docs/weights.npz")
+    log = (ROOT / "docs/runs/es-0.csv").read_text().splitlines()
+    main_job = {name: field.default for name, field in train.OPTIONS.items()}
+    assert arrays["settings"] == json.loads(log[0][1:]) and arrays.keys() == {"settings"}
+    assert json.loads(json.dumps(main_job)).items() <= arrays["settings"].items()
+    accuracies = [fpnl.accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in zip(mnist[::2], mnist[1::2])]
+    assert accuracies == pytest.approx([float(value) for value in log[-1].split(",")[3:5]], abs=2e-4)
