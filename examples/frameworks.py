@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The post's network in other people's software: who flushes, who keeps subnormals, whose compiler folds them away.
 
-    pip install -e '.[frameworks]'             # PyTorch and JAX; TensorFlow joins if it is there
+    pip install torch --index-url https://download.pytorch.org/whl/cpu     # on Linux, to leave CUDA out
+    pip install '.[frameworks]'                # PyTorch, whose compiler needs one of C++, and JAX; TensorFlow may join
     python examples/frameworks.py              # a minute; --weights FILE takes others than the main job's
 
 In each framework that is installed, as it comes and with the switches that it has: the four operations on a million
