@@ -351,10 +351,17 @@ def proportional_bytes(pid):
     return 0
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["engine_step"]:
-        sys.exit(engine_step(*sys.argv[2:]))
+def main():
+    sections = {function.__name__: function for function in (arithmetic, step, noise, scaling, memory, engines)}
+    for name in (chosen := sys.argv[1:] or [*sections]):
+        if name not in sections:
+            raise ValueError(f"expected sections, of {', '.join(sections)}, found {name}")
     print(data.provenance())
-    for section in sys.argv[1:] or ("arithmetic", "step", "noise", "scaling", "memory", "engines"):
-        print(f"\n--- {section}")
-        globals()[section]()
+    for name in chosen:
+        print(f"\n--- {name}")
+        sections[name]()
+
+
+if __name__ == "__main__":
+    with train.command():
+        engine_step(*sys.argv[2:]) if sys.argv[1:2] == ["engine_step"] else main()

@@ -2,13 +2,15 @@
 
 import math
 import re
+import subprocess
+import sys
 
 import benchmark
 import numpy as np
 import pytest
 
 import fpnl
-from test_fpnl import RNG, example, needs_dask, needs_mpi
+from test_fpnl import RNG, ROOT, example, needs_dask, needs_mpi
 
 
 @pytest.mark.slow
@@ -28,6 +30,12 @@ def test_the_benchmark_runs(monkeypatch, capsys, slice_of_mnist):
     assert len(re.findall(r"(?m)^ +[01] +[12] +(?:no|yes) +0\.00 +[1-9\d.]+", out)) == 8  # none with blocks of 1
     assert len(re.findall(r"(?m)^ *(?:512|1024) +\d+ .*(?: +[\d.]+ +[\d.]+x){8}$", out)) == 4
     assert 20 < float(re.search(r"peak memory (\d+) MB", out)[1]) < 1000
+
+
+def test_an_unknown_section_is_one_clear_error():
+    done = subprocess.run([sys.executable, "docs/benchmark.py", "steps"], cwd=ROOT, capture_output=True, text=True)
+    says = "benchmark.py: error: expected sections, of arithmetic, step, noise, scaling, memory, engines, found steps\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
 
 
 @pytest.mark.slow
