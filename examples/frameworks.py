@@ -16,6 +16,7 @@ import concurrent.futures
 import functools
 import importlib.util
 import multiprocessing
+import operator
 import os
 import pathlib
 import sys
@@ -100,12 +101,7 @@ COLUMNS = [(product, way) for product in (rescaled, literal) for way in ("eager"
 
 # --- The measurement -----------------------------------------------------------------------------------
 
-OPERATIONS = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
-    "divide": lambda a, b: a / b,
-}
+OPERATIONS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv}
 
 
 def pairs(rng, op, n=1 << 18):
@@ -133,10 +129,9 @@ def elementwise(array, eager, back=np.asarray):
     return kinds.pop() if len(kinds) == 1 else "; ".join(f"{op} {mode}" for op, mode in found.items())
 
 
-def measure(system, weights, folder):
+def measure(system, params, x, labels, ours):
     """The cells of a row."""
     name, _, opener, switch = system
-    params, x, labels, ours = reference(weights, folder)
     version, array, ways = opener(switch)
     cells = [f"{name} {version}", f"`{switch}`" if switch else "as it comes", elementwise(array, ways["eager"])]
     theirs = [(array(W), array(b)) for W, b in params], array(x)
@@ -178,7 +173,7 @@ def main():
         if importlib.util.find_spec(system[1]):
             spawned = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(1, spawned) as process:
-                cells = process.submit(measure, system, args.weights, args.data).result()
+                cells = process.submit(measure, system, params, x, labels, ours).result()
             print(f"| {' | '.join(cells)} |", flush=True)
         else:
             print(f"| {system[0]} | not installed |" + " |" * (1 + len(COLUMNS)))

@@ -23,20 +23,21 @@ import frameworks  # noqa: E402
 import fpnl  # noqa: E402
 import train  # noqa: E402
 
-INSTRUCTIONS = {  # and what it computes, in float64
-    "add.rn.ftz.f32": lambda a, b: a + b,
-    "sub.rn.ftz.f32": lambda a, b: a - b,
-    "mul.rn.ftz.f32": lambda a, b: a * b,
-    "div.rn.ftz.f32": lambda a, b: a / b,
-    "fma.rn.ftz.f32": lambda a, b, c: a * b + c,
+INSTRUCTIONS = {
+    "add": "add.rn.ftz.f32",
+    "subtract": "sub.rn.ftz.f32",
+    "multiply": "mul.rn.ftz.f32",
+    "divide": "div.rn.ftz.f32",
+    "fma": "fma.rn.ftz.f32",
 }
+EXACT = frameworks.OPERATIONS | {"fma": lambda a, b, c: a * b + c}  # in float64
 
 
-def operands(name, n=1 << 20):
+def operands(op, n=1 << 20):
     """Float32 arrays of which float64 knows the exact result, or on which side of the threshold it is."""
     rng = np.random.default_rng(0)
-    a, b = frameworks.pairs(rng, {"add": "add", "sub": "subtract", "div": "divide"}.get(name[:3], "multiply"), n)
-    if name[:3] != "fma":
+    a, b = frameworks.pairs(rng, "multiply" if op == "fma" else op, n)
+    if op != "fma":
         return a, b
     a, b = ((x.view(np.uint32) & 0xFFFFF000).view(np.float32) for x in (a, b))  # 12 bits each: a float32 of 24
     return a, b, frameworks.pairs(rng, "add", n)[0]
@@ -47,9 +48,9 @@ def by_the_rule(exact):
     return np.where(np.abs(exact) < fpnl.LEAST["after"], np.copysign(0, exact), exact).astype(np.float32)
 
 
-def ptx(cupy, name, of):
+def ptx(cupy, op):
     """A PTX instruction as a function of CuPy arrays."""
-    names = "abc"[: of.__code__.co_argcount]
+    name, names = INSTRUCTIONS[op], "abc" if op == "fma" else "ab"
     places = ", ".join(f"%{i}" for i in range(len(names) + 1))
     inputs = ", ".join(f'"f"({operand})' for operand in names)
     body = f'asm("{name} {places};" : "=f"(r) : {inputs});'
@@ -88,12 +89,11 @@ def main():
     )
     print(f"CUDA {cupy.cuda.runtime.runtimeGetVersion()}, {platform.system()}\n")
     kernels = {}
-    for name, of in INSTRUCTIONS.items():
-        kernels[name[:3]] = kernel = ptx(cupy, name, of)
-        given = operands(name)
-        found = cupy.asnumpy(kernel(*map(cupy.asarray, given)))
+    for op, name in INSTRUCTIONS.items():
+        kernels[op], given = ptx(cupy, op), operands(op)
+        found = cupy.asnumpy(kernels[op](*map(cupy.asarray, given)))
         with np.errstate(all="ignore"):
-            expected = by_the_rule(of(*(fpnl.flush(x).astype(np.float64) for x in given)))
+            expected = by_the_rule(EXACT[op](*(fpnl.flush(x).astype(np.float64) for x in given)))
         wrong = (found.view("u4") != expected.view("u4")) & ~(np.isnan(found) & np.isnan(expected))
         tiny = np.mean(expected == 0)
         print(f"{name}: {wrong.sum()} of {wrong.size:,} results differ from the rule; {tiny:.0%} are flushed or 0")
@@ -102,7 +102,7 @@ def main():
     theirs = [(cupy.asarray(W), cupy.asarray(b)) for W, b in params], cupy.asarray(x)
     print(f"fpnl.forward: {100 * np.mean(ours == labels):.2f} % of the test images right")
     for product in (frameworks.literal, frameworks.rescaled):
-        own = with_ptx(kernels["add"], kernels["div"], kernels["mul"], product)
+        own = with_ptx(kernels["add"], kernels["divide"], kernels["multiply"], product)
         for operations, network in (("PTX's .ftz operations", own), ("CuPy's own operations", product)):
             digits = cupy.asnumpy(network(*theirs).argmax(axis=1))
             print(f"{operations}, {product.__name__} product: {100 * np.mean(digits == labels):.2f} % right,", end=" ")
