@@ -1,17 +1,17 @@
 """Nonlinear computation in deep linear networks: float32 underflow as the only nonlinearity.
 
 A network of matrix products and additions is linear in the real numbers. In float32 it is not:
-with subnormals flushed to zero, every result below TINY = 2^-126 in magnitude becomes 0. Scale the
-activations down to that threshold and each unit has a dead zone, t(z) = z where |z| >= 1/2, else 0,
-in units of 1/S = 2^-125. Automatic differentiation takes the network for linear and cannot see it.
-Evolution strategies (ES), which only compare the losses of mutated networks, can, and train it.
+with subnormals flushed to zero, a sum or quotient below TINY = 2^-126 in magnitude becomes 0. Scale
+the activations down to that threshold and each unit, the logits too, has a dead zone, t(z) = z where
+|z| >= 1/2, else 0, in units of 1/S = 2^-125. Automatic differentiation takes the network for linear
+and cannot see it. Evolution strategies (ES), which compare mutated networks, can, and train it.
 
     h1 = (x @ W1 + b1) / S                    x: pixels in [0, 1],  S = 2^125
     h2 = h1 @ W2 + b2 / S
     o  = (h2 @ W3 + b3 / S) * S               o: logits
 
-Products keep subnormals; every other operation flushes its operands and its result, as on the
-hardware of the post.
+Matrix products keep subnormals; every other operation flushes its operands and its result, as on the
+hardware of the post. So b2 / S and b3 / S are 0 while |b| < 1/2: those biases are inert.
 
     params = init(rng)                                   # [(W1, b1), (W2, b2), (W3, b3)]
     grads = es_gradient(params, x, labels, rng)          # [(dW1, db1), ...]
@@ -427,16 +427,17 @@ def accuracy(logits, labels):
 #
 # ES estimates a gradient from the losses of mutated networks: g = E[(L(w + sigma e) - L(w - sigma e)) e]
 # / (2 sigma), e ~ N(0, 1) for every weight. For all 669,706 weights and a whole batch at once, the noise
-# of that buries the signal. This is a relative with less noise, by four steps. A *member* is a mutated
-# network; from here on, L is the loss of one example; of a layer, a is the input (with the constant 1 of
-# a bias that acts), z = a . W the sums and h = t(z) the outputs, in units of 1/S.
+# of that buries the signal. This is a relative with less noise, by four steps. From here on, L is the loss
+# of one example; of a layer, a is the input, with a 1 if the bias acts (W has b as its last row then),
+# z = a . W the sums and h = t(z) the outputs, in units of 1/S.
 #
 #   1. The gradient of a mean is the mean of the gradients, so every example has members of its own.
-#   2. The example sees the weights of unit j only through z_j = a . W[:, j]. A mutation across a changes
-#      nothing, so mutate along a: W[:, j] +- sigma a/|a|, which moves z_j by +- sigma |a|. (The field
+#   2. The example sees the weights of unit j only through z_j = a . W[:, j]. A mutation orthogonal to a
+#      changes nothing, so mutate along a: W[:, j] +- sigma a/|a|, which moves z_j by +- sigma |a|. (The field
 #      calls that node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
-#   3. A member mutates a block J of k units of one hidden layer, or one unit of the last, with a random
-#      sign e_j = +-1 for each unit; beside it stands its mirror image, with -e (antithetic sampling).
+#   3. Cut the units of a layer into blocks J of k, the last perhaps smaller. A member is the network with one
+#      block mutated, with a random sign e_j = +-1 for each unit; beside it stands its mirror image, with -e.
+#      In the last two layers k = 1: there, logits are all that a mutation leaves to compute.
 #   4. A unit whose output is the same in both has no part in their difference: its estimate is 0.
 #
 #     r   = L(+e) - L(-e)                            the difference of the losses, one for the block
@@ -448,19 +449,21 @@ def accuracy(logits, labels):
 #
 #     (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|),
 #
-# averaged over the signs of the other units of the block, all remaining units at their base. That is
-# neither the gradient of the Gaussian-smoothed loss nor obviously the gradient of one function. Step 1
-# leaves the expectation as it is, and so do 2 and 4 if nothing below the layer is mutated, as here; signs
-# instead of Gaussians, and step 3, change what is estimated.
+# averaged over the signs of the other units of its block, with no mutation elsewhere; if k = 1, it is that
+# slope, without noise. These slopes are neither the gradient of the Gaussian-smoothed loss nor obviously
+# the gradient of one function. Step 1 leaves the expectation as it is, and so do 2 and 4 if nothing below
+# the layer is mutated, as here; signs instead of Gaussians, and step 3, change what is estimated.
 #
 # Optional, a control variate: layers are measured from the last to the first, so the slopes s' of the
 # layer above are known, and with its weights W' the chain rule predicts what unit j adds to r:
 #
 #     p_j = c_j (W' s')_j,     s_j = (p_j + (r - sum_J p) [c_j != 0]) / (2 e_j sigma |a|)
 #
-# The expectation is the same however bad the prediction; a good one removes the noise that the other
-# units of the block add to s_j. It is a linear surrogate of the loss made of measured slopes, and takes no
-# derivative; with c_j / (2 e_j sigma |a|) where backprop has t'(z_j), it is also what backprop would do.
+# So s_j is r without what the other units of the block are predicted to add. The expectation is the same
+# however bad the prediction, as p changes its sign with e, and s' was measured with other signs; a good one
+# removes noise; where k = 1 there is none to remove. It is a linear surrogate of the loss made of measured
+# slopes, and takes no derivative; with c_j / (2 e_j sigma |a|) where backprop has t'(z_j), it is also what
+# backprop would do.
 
 
 def mutation_signs(rng, params, n):
@@ -494,7 +497,7 @@ def _check_es(params, x, labels, sigma, block, losses, control_variate, **net):
 
 
 @_ieee
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
+def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, **net):
     """`es_gradient` literally: example by example and member by member, each a network with mutated weights."""
     _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
     unit, last = net.get("scale", SCALE) if net.get("transfer") is None else 1, len(params) - 1
@@ -505,7 +508,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_
         for l, (W, b) in reversed([*enumerate(params)]):
             signs, e = np.split(signs, [-len(b)])
             a, s = np.append(inputs[l], float32(_acts(l, **net))), np.zeros_like(b)
-            shift, k = float32(sigma) * np.linalg.norm(a), block if l < last else 1
+            shift, k = float32(sigma) * np.linalg.norm(a), min(block, len(b)) if l + 1 < last else 1
             for J in [np.arange(j, min(j + k, len(b))) for j in range(0, len(b), k) if shift > 0]:
                 L, h = [], []
                 for sign in (1, -1):
@@ -515,7 +518,7 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=8, losses=cross_
                     L.append(losses(forward(member, example, **net), label)[0])
                     h.append(activations(member, example, **net)[l][0, J] * unit)
                 c = h[0] - h[1]
-                p = c * (params[l + 1][0][J] @ above) if control_variate and l < last else np.zeros_like(c)
+                p = c * (params[l + 1][0][J] @ above) if control_variate and k > 1 else np.zeros_like(c)
                 s[J] = (p + (L[0] - L[1] - p.sum()) * (c != 0)) / (2 * e[J] * shift)
             grads[l] += np.outer(a, s) / float32(len(x))
             above = s
@@ -541,7 +544,7 @@ def _layers(params, ftz=True, scale=SCALE, transfer=None):
 def _member_losses(layers, l, k, change, base, labels, losses):
     """Losses [blocks, 2, n] of the members, and of their mirror images, whose outputs in layer l `change`.
 
-    change : [width, 2, n], of the outputs of the layer; a block is k rows.
+    change : [width, 2, n], of the outputs of the layer; a block is k rows, the last perhaps fewer.
     base : [next width, n], what it is added to: the sums of the next layer, or the logits.
     """
     (width, _, n), above = change.shape, layers[l + 1 :]
@@ -575,12 +578,12 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
     signs = np.split(signs.T.astype(float32), np.cumsum([len(b) for _, b in params])[:-1])
     mirror, slopes = np.array([[1], [-1]], float32), [None] * len(layers)
     for l, (e, (_, _, t)) in reversed([*enumerate(zip(signs, layers))]):
-        k, hidden = (min(block, len(e)), True) if l + 1 < len(layers) else (1, False)
+        k = min(block, len(e)) if l + 2 < len(layers) else 1
         shift = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(_acts(l, **net)))  # sigma |a|, [n]
         h = t(sums[l][:, None] + mirror * (e * shift)[:, None])  # of members and mirror images, [width, 2, n]
         L = _member_losses(layers, l, k, h - a[l + 1][:, None], [*sums, a[-1]][l + 1], labels, losses)  # [blocks, 2, n]
         r, c, p = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
-        if control_variate and hidden:
+        if control_variate and k > 1:
             p = c * (params[l + 1][0] @ slopes[l + 1])
             r -= np.add.reduceat(p, range(0, len(p), k), axis=0)
         per_shift = np.divide(0.5, shift, out=np.zeros_like(shift), where=shift > 0)
@@ -589,12 +592,12 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
 
 
 @_ieee
-def es_slopes(params, x, labels, signs, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, **net):
+def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, **net):
     """What ES measures: the slope s of each example's loss along the sum of each unit.
 
-    The same as in `es_gradient_plain`, up to rounding (a sum that is at a threshold but for its rounding may
-    live in one and not in the other), without its repetitions: what is below a mutation is computed once, and
-    only the change of k outputs is multiplied with the next weights.
+    The same as in `es_gradient_plain`, up to rounding (a sum within rounding of a threshold may live in one and
+    not in the other), without its repetitions: what is below a mutation is computed once, and only the change of
+    k outputs is multiplied with the next weights.
 
     Parameters
     ----------
@@ -617,12 +620,12 @@ TASK = 128  # examples whose slopes are measured together
 
 @_ieee
 def es_gradient(
-    params, x, labels, rng, sigma=0.02, block=8, losses=cross_entropy, control_variate=False, map_tasks=map, **net
+    params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, map_tasks=map, **net
 ):
     """Evolution-strategies estimate of the gradient of the mean loss, ready for descent.
 
-    From losses and activations of mutated networks alone; with the control variate, from the weights above
-    a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
+    From losses and activations of the network and its mutations alone; with the control variate, from the weights
+    above a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
 
     Parameters
     ----------
@@ -631,13 +634,14 @@ def es_gradient(
     labels : [n] integers in [0, classes); with other `losses`, any array of n rows.
     rng : np.random.Generator, for the signs of the mutations; it advances.
     sigma : size of a mutation of a unit's weights (Euclidean norm), > 0.
-    block : units k of a hidden layer mutated together, >= 1; with it the variance grows and the cost falls.
+    block : units k mutated together, >= 1, in the layers below the last two; with it the variance grows and the
+        cost falls.
     losses : the loss of each example: logits [..., n, classes] and labels -> [..., n], float32; it may
         overwrite the logits.
-    control_variate : whether the chain rule's prediction is taken out of a block's difference.
+    control_variate : whether the chain rule's prediction is taken out of a block's difference, where k > 1.
     map_tasks : calls a function with each of a list of tasks and returns the results in their order, like
-        the builtin `map`: also that of a pool of threads or processes, of mpi4py.futures or dask. A task
-        pickles if `losses` and `transfer` do; it has TASK examples or, the last, fewer, whatever computes it.
+        the builtin `map`: also that of a pool of threads or processes, of mpi4py.futures or dask. The function
+        pickles if `losses` and `transfer` do; a task has TASK examples or, the last, fewer, whatever computes it.
     **net : `ftz`, `scale`, `transfer`, as in `forward`; "hardware" gives the same bits as True, faster.
 
     Returns

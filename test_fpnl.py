@@ -8,6 +8,7 @@ import builtins
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import functools
 import gzip
@@ -882,7 +883,7 @@ def test_fast_members_are_literally_mutated_networks(sizes, block, control_varia
 
 @pytest.mark.slow
 def test_fast_members_of_the_real_network(mnist):
-    """784-512-512-10, one image, 276 literally mutated networks. Where a sum is at the threshold but for its
+    """784-512-512-10, one image, 1,300 literally mutated networks. Where a sum is at the threshold but for its
     rounding, a unit lives in one of the two and not in the other: that may move the estimate of a few units."""
     params, x, labels = fpnl.init(RNG(0)), data.pixels(mnist[2][:1]), mnist[3][:1]
     for control_variate in (False, True):
@@ -973,7 +974,7 @@ def test_signs_are_independent_fair_coins():
 @pytest.mark.parametrize("n", [1, 7, 300])
 def test_the_generators_state_decides_the_signs(n, kind):
     """Not its ancestry, and whatever the size of the batch: it advances, and one that was pickled goes on alike."""
-    params, x, labels = example(n=n)
+    params, x, labels = example((12, 40, 9, 5), n)
     rng, same = (np.random.Generator(kind(3)) for _ in range(2))
     first, second = (fpnl.es_gradient(params, x, labels, rng) for _ in range(2))
     assert not np.array_equal(first[0][0], second[0][0])
@@ -1039,10 +1040,10 @@ def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
     other units, all others at their base. That is written out here."""
     fpnl.loss(np.zeros((1, 2), np.float32), [0])  # looks at the CPU, once, in float32
     monkeypatch.setattr(fpnl, "float32", np.float64)
-    params, x, labels = example((5, 4, 4, 4), n=1, seed=8)
+    params, x, labels = example((5, 4, 4, 4, 4), n=1, seed=8)
     params, x = [(W.astype(float), b + RNG(1).normal(0, 0.1, b.shape)) for W, b in params], x.astype(float)
     patterns = np.array(list(itertools.product((-1, 1), repeat=4)))
-    signs = np.hstack([np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 4), int)])
+    signs = np.hstack([np.tile(patterns, (16, 1)), np.repeat(patterns, 16, axis=0), np.ones((256, 8), int)])
     options = {"sigma": 0.1, "block": 4, "control_variate": control_variate, "transfer": transfer}
     options["scale"] = np.float64(fpnl.SCALE)
     _, slopes = fpnl.es_slopes(params, x.repeat(256, axis=0), labels.repeat(256), signs, **options)
@@ -1052,7 +1053,7 @@ def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
         a = [x[0]]
         for l, (W, b) in enumerate(params):
             z = a[-1] @ W + b * (l == 0 or transfer is not None) + (shifts if l == moved else 0)
-            a.append(z * (np.abs(z) >= 0.5) if transfer is None else z if l == 2 else transfer(z))
+            a.append(z * (np.abs(z) >= 0.5) if transfer is None else z if l == 3 else transfer(z))
         return a
 
     def loss(moved, shifts):
@@ -1062,10 +1063,10 @@ def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
     for l, a in enumerate(outputs(None, 0)[:-1]):
         shift = 0.1 * np.sqrt(a @ a + (l == 0 or transfer is not None))
         for j, unit in enumerate(np.eye(4)):
-            others = patterns * (1 - unit) * (l < 2)  # in the last layer, a block is a unit
+            others = patterns * (1 - unit) * (l < 2)  # in the last two layers, a block is a unit
             differences = [loss(l, shift * (e + unit)) - loss(l, shift * (e - unit)) for e in others]
             assert slopes[l][j].mean() == pytest.approx(np.mean(differences) / (2 * shift), rel=0, abs=1e-12)
-        assert np.abs(slopes[l]).max() > 0.01 and (l == 2 or slopes[l].std(axis=1).max() > 1e-3)
+        assert np.abs(slopes[l]).max() > 0.01 and (l >= 2 or slopes[l].std(axis=1).max() > 1e-3)
 
 
 def test_the_control_variate_takes_the_noise_of_a_block_away():
@@ -1569,9 +1570,8 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
-SHORT = (
-    "--epochs 0.15 --batch 300 --seed 3 --flush emulated --workers 1 --reports 1".split()
-)  # five tasks, the last smaller
+SHORT = "--epochs 0.15 --batch 300 --seed 3 --importance 0.5 --flush emulated --workers 1 --reports 1".split()
+# five tasks, the last smaller
 
 
 def assert_same_weights(path, expected):
@@ -1673,6 +1673,7 @@ if __name__ == "__main__":
     [
         ["--control-variate"],
         ["--sigma", 0.03],
+        ["--importance", 0.6],
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (["--seed", 4], ["--block", 9], ["--lr", 2e-3], ["--flush", "off"])
@@ -1682,6 +1683,74 @@ if __name__ == "__main__":
 def test_options_reach_the_run(slice_of_mnist, one_step, tmp_path, options):
     run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, *options, "--save", tmp_path / "w.npz")
     assert not np.array_equal(saved(tmp_path / "w.npz")["W1"], one_step["W1"])
+
+
+@pytest.fixture
+def tiny_run(slice_of_mnist):
+    """A run that has not begun, of a network whose probabilities are large and small, and how to change its method."""
+    import train
+
+    options = f"--data {slice_of_mnist} --hidden 24 16 --batch 200 --importance 0.3"
+    run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
+    run.weights *= np.float32(2)
+    return run
+
+
+def test_an_image_is_measured_with_a_probability_and_counts_the_more(tiny_run):
+    """min(1, max(.05, N (1 - p))), here in float64; the slopes are divided by it, and none is measured more often."""
+    import train
+
+    images = np.arange(200)
+    x, labels = data.pixels(tiny_run.sets[0][images]), tiny_run.sets[1][images]
+    p = np.exp(fpnl.forward(tiny_run.params, x).astype(float))
+    q = np.clip(0.3 * (1 - p[images, labels] / p.sum(axis=1)), 0.05, 1)
+    assert np.mean(q == 0.05) > 0.03 and np.mean(q > 0.25) > 0.3
+
+    def ones(settings, net, params, x, labels, signs):
+        assert len(x) == len(labels) == len(signs)
+        return [np.ones((len(W) + 1, len(x)), "f") for W, _ in params], [
+            np.ones((len(b), len(x)), "f") for _, b in params
+        ]
+
+    tiny_run.method, counts = ones, np.zeros(200)
+    for step in range(500):
+        for columns, inputs, slopes in train.measure(tiny_run, step, images, 0, 1):
+            counts[columns] += 1
+            for array in slopes:
+                np.testing.assert_allclose(array, np.tile(1 / q[columns], (len(array), 1)), rtol=1e-4)
+            assert all(np.all(array == 1) for array in inputs)
+    assert np.all(np.abs(counts - 500 * q) < 5 * np.sqrt(500 * q * (1 - q)))
+    tiny_run.settings = dataclasses.replace(tiny_run.settings, importance=0.0)
+    everything = list(train.measure(tiny_run, 0, images, 0, 1))
+    np.testing.assert_array_equal(np.concatenate([columns for columns, *_ in everything]), images)
+    assert all(np.all(array == 1) for _, _, slopes in everything for array in slopes)
+
+
+def test_what_is_not_measured_has_no_part_in_the_gradient(tiny_run):
+    """Nor has what was measured in the step before; in the third step, nothing is."""
+    import train
+
+    rng, given, gradients = RNG(0), [], []
+    columns = [np.arange(200), np.arange(0, 200, 7), np.arange(0)]
+
+    def measured(run, step, images, rank, workers):
+        shapes = [
+            [(len(W) + 1, len(columns[step])) for W, _ in run.params],
+            [(len(b), len(columns[step])) for _, b in run.params],
+        ]
+        given.append([[rng.standard_normal(shape, np.float32) for shape in kind] for kind in shapes])
+        if len(columns[step]):
+            yield columns[step], *given[-1]
+
+    def update(weights, gradient, *_):
+        gradients.append(gradient)
+
+    tiny_run.update = update
+    train.steps(tiny_run, 0, 3, measured=measured)
+    bands = train.bands(tiny_run.settings.sizes)
+    for (inputs, slopes), (l, band) in itertools.product(given, bands):
+        np.testing.assert_allclose(gradients.pop(0), (inputs[l] @ slopes[l].T / 200)[band], atol=1e-5)
+    assert not gradients
 
 
 def test_report_and_validation(slice_of_mnist, tmp_path):
@@ -2072,10 +2141,10 @@ def test_the_threads_of_a_worker_elsewhere_do_not_meet(slice_of_mnist):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(train.there, *zip(*tasks)))
     for a, b in zip(found, expected, strict=True):
-        assert [task[0] for task in a] == [task[0] for task in b] and len(a) == 2
-        for x, y in zip(a, b):
-            for columns, others in zip(x[1] + x[2], y[1] + y[2], strict=True):
-                assert_same_bits(columns, others)
+        assert len(a) == 2
+        for x, y in zip(a, b, strict=True):
+            for array, other in zip([x[0], *x[1], *x[2]], [y[0], *y[1], *y[2]], strict=True):
+                np.testing.assert_array_equal(array, other)
 
 
 def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):

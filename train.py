@@ -45,8 +45,9 @@ if __name__ == "__main__":  # also where Python leaves the script's folder out: 
 import data
 import fpnl
 
-TASK, BAND, PIECE = 64, 64, 1000  # images that are measured, rows of weights updated, images evaluated together
+TASK, BAND, PIECE = 64, 64, 1000  # images of a task, rows of weights updated, images evaluated together
 INIT, ORDER, SIGNS = range(3)  # random streams of a seed
+RARELY = 0.05  # the least probability with which --importance has an image measured
 PRESETS = {"best": {"epochs": 150, "control_variate": True}}
 
 
@@ -87,8 +88,9 @@ class Settings:
     epochs: float = option(30, "passes over the training images; fractions too, 0 evaluates", type=LONG)
     batch: int = option(512, "images a step", type=COUNT)
     sigma: float = option(0.02, "size of a mutation of a unit's weights", type=number(float, 1e-9, 1e9))
-    block: int = option(8, "units mutated together: more, and a step is quicker and noisier", type=COUNT)
+    block: int = option(4, "lower units mutated together: more, and a step is quicker and noisier", type=COUNT)
     control_variate: bool = option(False, "less noise in a block", action=argparse.BooleanOptionalAction)
+    importance: float = option(2.0, "measure an image with probability N (1 - p), p of its label; 0: all", type=SIZE)
     lr: float = option(1e-3, "AdamW's learning rate, falling to zero as a cosine", type=SIZE)
     weight_decay: float = option(1.0, "AdamW's decoupled decay", type=SIZE)
     seed: int = option(0, "of the weights, the order of the images and the mutations", type=number(int, 0, math.inf))
@@ -150,12 +152,23 @@ def es(settings, net, params, x, labels, signs):
 
 
 def measure(run, step, images, rank, workers):
-    """(columns of the batch, inputs, slopes) of each task of one of the workers."""
-    signs = fpnl.mutation_signs(np.random.default_rng((run.settings.seed, SIGNS, step)), run.params, len(images))
+    """(columns of the batch, inputs, slopes) of each task of one of the workers: of the images that are measured.
+
+    Importance sampling (Katharopoulos, Fleuret 2018): an image is measured with a probability q that grows with its
+    loss, from RARELY to 1, and counts 1 / q; so the expectation is that of all images.
+    """
+    s, rng = run.settings, np.random.default_rng((run.settings.seed, SIGNS, step))
+    signs, chances = fpnl.mutation_signs(rng, run.params, len(images)), rng.random(len(images))
     for start in range(0, len(images), TASK)[rank::workers]:
         task = slice(start, start + TASK)
         x, labels = data.pixels(run.sets[0][images[task]]), run.sets[1][images[task]]
-        yield task, *run.method(run.settings, run.net, run.params, x, labels, signs[task])
+        q = np.ones(len(x), np.float32)
+        if s.importance:
+            losses = fpnl.cross_entropy(fpnl.forward(run.params, x, **run.net), labels)
+            q = np.clip(s.importance * (1 - np.exp(-losses)), RARELY, 1)
+        if len(some := np.flatnonzero(chances[task] < q)):
+            inputs, slopes = run.method(s, run.net, run.params, x[some], labels[some], signs[task][some])
+            yield start + some, inputs, [slope / q[some] for slope in slopes]
 
 
 def train(args, method=es, transfer=None):
@@ -192,18 +205,22 @@ def steps(run, first, last, rank=0, workers=1, measured=measure):
     """
     s = run.settings
     layers = [*zip(*(as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]  # [W; b] and two moments
+    own = np.arange(s.batch) // TASK % workers == rank  # columns
     for step in range(first, last):
         epoch, place = divmod(step, run.steps_per_epoch)
         if place == 0 or step == first:
             order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(run.sets[0]))
         images = order[place * s.batch : (place + 1) * s.batch]
         lr = s.lr * (1 + math.cos(math.pi * step / max(run.steps, 1))) / 2
-        for task, inputs, slopes in measured(run, step, images, rank, workers):
-            for array, columns in zip(run.inputs + run.slopes, inputs + slopes):
-                array[:, task] = columns
+        for slopes in run.slopes:
+            slopes[:, own] = 0
+        for columns, inputs, slopes in measured(run, step, images, rank, workers):
+            for array, found in zip(run.inputs + run.slopes, inputs + slopes):
+                array[:, columns] = found
         run.barrier.wait()
+        some = np.any([slopes.any(axis=0) for slopes in run.slopes], axis=0)
         for l, band in bands(s.sizes)[rank::workers]:
-            gradient = run.inputs[l][band] @ run.slopes[l].T / np.float32(s.batch)
+            gradient = run.inputs[l][band][:, some] @ run.slopes[l][:, some].T / np.float32(s.batch)
             weights, *moments = (array[band] for array in layers[l])
             run.update(weights, gradient, *moments, step + 1, lr, s.weight_decay)
         if rank == 0:

@@ -4,8 +4,9 @@ What is compared takes turns, and the figure is the median of the ratios of neig
 times drift, ratios hold. Everything but the workers and the memory is measured on one core.
 
 arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
-step: a step of the main job against its own multiplications at the speed of np.matmul on square matrices, the share of
-      each of its parts, and against the emulated flush, the control variate, backprop and the plain statement.
+step: a step that measures all images against its own multiplications at the speed of np.matmul on square matrices, the
+      share of each of its parts, and against the emulated flush, the control variate, importance sampling, backprop and
+      the plain statement. Step and scaling are of the main job at its end, with docs/weights.npz.
 noise: of the estimate, by the size of the blocks and the progress of the training.
 scaling: with the batch, the width and the workers, 1 and 2 of them; and what the parts of a step say of up to 64.
 memory: of all processes of `python train.py`, by their proportional shares (Linux).
@@ -83,10 +84,11 @@ def arithmetic(n=512_000):
 def multiplications(sizes, block, control_variate=False):
     """Floating-point operations an example in the matrix products of a step, two for each weight met."""
     weights, widths = [i * o for i, o in itertools.pairwise(sizes)], sizes[1:]
-    met = 2 * sum(weights) + control_variate * sum(weights[1:])  # forward and gradient; predictions
+    met = 2 * sum(weights)  # forward and gradient
     above = [*weights[1:], widths[-1] ** 2]  # members of the last layer are multiplied with the identity
     for l, k in enumerate(block_sizes(sizes, block)):
         met += 2 * (above[l] + math.ceil(widths[l] / k) * sum(weights[l + 2 :]))  # members and mirror images
+        met += (control_variate and k > 1) * above[l]  # predictions
     return 2 * met
 
 
@@ -97,13 +99,15 @@ def members(sizes, block):
 
 def block_sizes(sizes, block):
     """Units mutated together, in each layer."""
-    return [min(block, width) for width in sizes[1:-1]] + [1]
+    return [min(block, width) for width in sizes[1:-2]] + [1, 1][: len(sizes) - 1]
 
 
-def job(options="", steps=20):
-    """The main job in this process, for one worker, some steps after its start."""
+def job(options="", steps=None):
+    """The main job in this process, for one worker: after some steps, or, if the sizes are its own, at its end."""
     run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
-    train.steps(run, 0, steps)
+    if steps is None and run.settings.sizes == fpnl.SIZES:
+        run.weights[...] = train.flattened(data.load_weights(ROOT / "docs/weights.npz")[0])
+    train.steps(run, 0, 5 if steps is None else steps)
     return run
 
 
@@ -112,7 +116,7 @@ def one_step(run):
 
 
 def step(options=""):
-    run = job(options)
+    some, run = job(options), job(f"--importance 0 {options}")
     s = run.settings
     A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
     work = multiplications(s.sizes, s.block, s.control_variate) * s.batch
@@ -126,7 +130,7 @@ def step(options=""):
     steps, references = in_turn(functools.partial(one_step, run), products)
     each, speed = statistics.median(steps) / s.batch, count * product / statistics.median(references)
     print(f"np.matmul, 512 x 512: {speed / 1e9:.0f} GFLOP/s")
-    print(f"a step of {s.batch} examples, block {s.block}: {1e3 * s.batch * each:.0f} ms")
+    print(f"a step of {s.batch} examples, all measured, block {s.block}: {1e3 * s.batch * each:.0f} ms")
     print(f"an example: {1e6 * each:.0f} us, {members(s.sizes, s.block)} mutated networks, ", end="")
     print(f"{work / s.batch / 1e6:.2f} MFLOP of multiplications")
     print(f"mutated networks a second: {members(s.sizes, s.block) / each:,.0f}")
@@ -143,13 +147,14 @@ def step(options=""):
     plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), s.sigma)
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
     other = dataclasses.replace(run, method=controls.backprop)
-    es, reverse = in_turn(functools.partial(one_step, run), functools.partial(one_step, other))
+    es, sampled, reverse = in_turn(*(functools.partial(one_step, each) for each in (run, some, other)))
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
     print(f"  gradient, with the control variate / without {ratio(varied, hardware):8.2f}")
     print(f"  es_gradient_plain / es_gradient, an example  {ratio(plains, fasts) * len(x):8.0f}")
-    print(f"  ES step / backprop step                      {ratio(es, reverse):8.2f}")
+    print(f"  ES step / backprop step, all measured        {ratio(es, reverse):8.2f}")
+    print(f"  the same, ES with importance sampling        {ratio(sampled, reverse):8.2f}")
 
 
 def shares(run):
@@ -188,7 +193,7 @@ def noise(options="", steps=(0, 30, 120, 480), batches=12):
     """Standard deviation of the gradient over the mutations, in units of that over the batches."""
     run, blocks = job(options, steps=0), (1, 2, 4, 8, 16)
     print(f"steps of training, layer, control variate, then the noise with blocks of {', '.join(map(str, blocks))}")
-    print("(the prediction alone has no mutations in these layers, and no noise)")
+    print("(the last two layers have none, nor has the prediction alone)")
     for done, target in itertools.pairwise((0, *steps)):
         train.steps(run, done, target)
         for name, control_variate in (("no", False), ("yes", True)):
@@ -198,7 +203,7 @@ def noise(options="", steps=(0, 30, 120, 480), batches=12):
 
 
 def noise_of_layers(run, batches, block, control_variate):
-    """Of each layer but the last, from two draws of mutations for each batch."""
+    """Of each layer below the last two, which have none, from two draws of mutations for each batch."""
     s, drawn = run.settings, []  # [batches][2 draws][layers]
     for i in range(batches):
         rows = slice(i * s.batch, (i + 1) * s.batch)
@@ -206,9 +211,9 @@ def noise_of_layers(run, batches, block, control_variate):
         how = {"control_variate": control_variate, "ftz": run.net["ftz"]}
         rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
         draws = [fpnl.es_gradient(run.params, x, y, rng, s.sigma, block, **how) for rng in rngs]
-        drawn.append([[dW for dW, _ in grads[:-1]] for grads in draws])
+        drawn.append([[dW for dW, _ in grads[:-2]] for grads in draws])
     found = []
-    for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 2)):
+    for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 3)):
         by_mutation = sum(np.sum((u - v) ** 2) for u, v in zip(a, b)) / 2 / batches
         mean = sum(a) / batches
         of_both = sum(np.sum((u - mean) ** 2) for u in a) / (batches - 1)
@@ -245,7 +250,7 @@ def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 102
     print("batch task  serial  a task   bands   a wait" + "".join(f"{f'N = {n}':>15}" for n in workers))
     for batch, task in ((512, 128), (512, 64), (512, 32), (1024, 64)):
         with mock.patch.object(train, "TASK", task):
-            model(job(f"{options} --batch {batch}", steps=5), workers)
+            model(job(f"{options} --batch {batch}"), workers)
 
 
 def model(run, workers):
@@ -255,7 +260,7 @@ def model(run, workers):
     images = np.arange(s.batch)
 
     layers = [*zip(*(train.as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]
-    drawn, tasks, bands = [], [], []
+    drawn, tasks, bands, some = [], [], [], run.slopes[-1].any(axis=0)
     for _ in range(ROUNDS):
         rng = np.random.default_rng(0)
         drawn.append(seconds(lambda rng=rng: fpnl.mutation_signs(rng, run.params, s.batch)))
@@ -263,7 +268,7 @@ def model(run, workers):
         bands.append([])
         for l, band in train.bands(s.sizes):
             began = time.perf_counter()
-            gradient = run.inputs[l][band] @ run.slopes[l].T / np.float32(s.batch)
+            gradient = run.inputs[l][band][:, some] @ run.slopes[l][:, some].T / np.float32(s.batch)
             weights, *moments = (array[band] for array in layers[l])
             fpnl.adamw(weights, gradient, *moments, 1000, 0.0)
             bands[-1].append(time.perf_counter() - began)

@@ -4,6 +4,7 @@
     pip install -e '.[peers]'
     python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
     python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
+    python docs/peers.py runs --peers main deadzone --marks 0.967 0.975     # against backprop that sees the flush
 
 Population ES mutates all 669,706 weights at once and looks at the loss of a batch, the same for all members of a step.
 Each trainer has the same network, with the same flush, all cores of this machine and the same seconds. Its clock stands
@@ -36,15 +37,17 @@ import data
 import fpnl
 import train
 
-MARKS = 0.80, 0.85, 0.90
+MARKS = (0.80, 0.85, 0.90)
 
 
 # --- Trainers: generators of functions that return weights [(W, b), ...], one after each step ------------------------
 
 
-def main_job(sets, options, seed, **_):
-    args = train.parse_args([*options, "--seed", str(seed)])
-    run, *_ = train.begin(args, train.es, None)
+def loop(row, sets, options, seed, **_):
+    """A row of controls.py, by the loop of train.py."""
+    _, method, transfer, chosen = controls.ROWS[row]
+    args = train.parse_args([*chosen.split(), *options, "--seed", str(seed)])
+    run, *_ = train.begin(args, method, transfer)
     with train.here(args, run) as (run, _, descend, _):
         for step in range(run.steps):
             descend(step, step + 1, tick=time.time)
@@ -180,8 +183,12 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
     return t
 
 
+BACKPROP = {  # of their own settings, too
+    "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), None),
+    "deadzone-some": ("the same, importance sampling", functools.partial(loop, "deadzone-some"), None),
+}
 PEERS = {  # name of the log: row of the table, trainer, its settings
-    "main": ("the main job", main_job, {}),  # of its own settings
+    "main": ("the main job", functools.partial(loop, "es"), None),  # of its own settings
     "signs": ("population ES, signs", functools.partial(population, random_signs), {}),
     "signs-256": ("population ES, signs", functools.partial(population, random_signs), {"members": 256}),
     "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {}),
@@ -219,7 +226,10 @@ def main():
     parser.error = train.fail
     add = parser.add_argument
     add("folder", type=pathlib.Path, help="for the logs")
-    add("--peers", nargs="+", choices=PEERS, default=[*PEERS], metavar="NAME", help=f"of {', '.join(PEERS)}")
+    trainers = PEERS | BACKPROP
+    names = f"of {', '.join(trainers)} (default: all but the last {len(BACKPROP)})"
+    add("--peers", nargs="+", choices=trainers, default=[*PEERS], metavar="NAME", help=names)
+    add("--marks", nargs="+", type=train.SIZE, default=MARKS, metavar="ACC", help="time the way to these accuracies")
     add("--seconds", type=train.LONG, default=300, help="of each (default: 300)")
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
@@ -235,10 +245,10 @@ def main():
     given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
     reached = {}
     for name in args.peers:
-        says, trainer, chosen = PEERS[name]
-        for values in itertools.product(*given.values()) if name != "main" else [()]:
-            settings = DEFAULTS | chosen | dict(zip(given, values))
-            label = says if name == "main" else f"{says}, {', '.join(f'{k} {v:g}' for k, v in settings.items())}"
+        says, trainer, chosen = trainers[name]
+        for values in itertools.product(*given.values()) if chosen is not None else [()]:
+            settings = {} if chosen is None else DEFAULTS | chosen | dict(zip(given, values))
+            label = ", ".join([says, *(f"{k} {v:g}" for k, v in settings.items())])
             options = ["--validation", str(args.validation)]
             steps = trainer(sets=sets, options=options, seed=args.seed, **settings)
             held = "validation" if args.validation else "test"
@@ -246,15 +256,15 @@ def main():
             with log as write:
                 rows = race(steps, args.seconds, images, labels, write)
             steps.close()
-            reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
+            reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in args.marks]
             print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
-    base = reached.get(PEERS["main"][0])
-    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>19.0%}" for mark in MARKS))
+    base = reached.get(trainers["main"][0])
+    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>19.1%}" for mark in args.marks))
     for label, seconds in reached.items():
         least = [("" if at < math.inf else "> ", min(at, args.seconds)) for at in seconds]
         cells = [f"{more}{at:.1f}" for more, at in least]
         if base and max(base) < math.inf:
-            cells = [f"{cell} ({more}{at / own:.0f}x)" for cell, (more, at), own in zip(cells, least, base)]
+            cells = [f"{cell} ({more}{at / own:.3g}x)" for cell, (more, at), own in zip(cells, least, base)]
         print(f"{label:75}" + "".join(f"{cell:>19}" for cell in cells))
 
 

@@ -106,7 +106,7 @@ def start(unit, method, hidden, sets, **settings):
 
     x, y = sets[:2]
     chosen = {"data": zlib.crc32(y), "inputs": x.shape[1], "classes": CLASSES, "hidden": hidden, "method": method}
-    settings = train.Settings(**chosen, **settings, flush="on", control_variate=True)
+    settings = train.Settings(**chosen, **settings, flush="on", control_variate=True, importance=0)
     net = {"ftz": True, "transfer": transfer(unit)}
     return train.fresh(settings, sets, net, train.es if method == "ES" else by_backprop)
 
@@ -126,7 +126,7 @@ def images(folder, validation):
 def learn(method, unit, seed, args):
     """Rows (measure, at, value), of the network after some epochs."""
     sets, (lr, decay) = images(args.data, args.validation), SETTINGS[unit]
-    options = {"seed": seed, "epochs": args.epochs, "batch": BATCH, "lr": lr, "weight_decay": decay}
+    options = {"seed": seed, "epochs": args.epochs, "batch": BATCH, "block": 8, "lr": lr, "weight_decay": decay}
     run = start(unit, method, (args.width, args.width), sets, **options)
     train.steps(run, 0, max(1, run.steps))
     logits = fpnl.forward(run.params, sets[2], **run.net)

@@ -121,7 +121,7 @@ def descend(weights, kernel, x, y, transfer, slope, loss, eta, beta):
     n, rate, found = len(y), eta * (1 - beta), []
     sizes = [len(V) for V in weights] + [y.shape[1]]
     settings = train.Settings(
-        0, sizes[0], sizes[-1], slope, "on", hidden=tuple(sizes[1:-1]), batch=n, epochs=REPORTS[-1]
+        0, sizes[0], sizes[-1], slope, "on", hidden=tuple(sizes[1:-1]), batch=n, epochs=REPORTS[-1], importance=0
     )
     run = train.fresh(settings, (x[:n], y), None, method, update)
     for (V, _), start in zip(run.params, weights):
