@@ -87,7 +87,7 @@ def test_the_published_race_is_that_of_the_published_logs():
         log = np.genfromtxt(ROOT / f"docs/runs/peers-{name}.csv", delimiter=",", names=True, skip_header=2)
         at = [log["seconds"][log["test"] >= mark] for mark in peers.MARKS]
         base = base or [times[0] for times in at]
-        cells = [f"{t[0]:.1f} ({t[0] / b:.0f}x)" if len(t) else f"> 300 (> {300 / b:.0f}x)" for t, b in zip(at, base)]
+        cells = [f"{t[0]:.1f} ({t[0] / b:.3g}x)" if len(t) else f"> 300 (> {300 / b:.3g}x)" for t, b in zip(at, base)]
         row = " | ".join([*cells, f"{100 * log['test'][-1]:.2f}"]).replace(" (1x)", "")
         assert re.search(rf"\| {says}[^|]* \| {re.escape(row)} \|\n", text), (name, row)
 
