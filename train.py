@@ -218,11 +218,10 @@ def steps(run, first, last, rank=0, workers=1, measured=measure):
             for array, found in zip(run.inputs + run.slopes, inputs + slopes):
                 array[:, columns] = found
         run.barrier.wait()
-        some = np.any([slopes.any(axis=0) for slopes in run.slopes], axis=0)
+        some = measured_columns(run)
         for l, band in bands(s.sizes)[rank::workers]:
-            gradient = run.inputs[l][band][:, some] @ run.slopes[l][:, some].T / np.float32(s.batch)
             weights, *moments = (array[band] for array in layers[l])
-            run.update(weights, gradient, *moments, step + 1, lr, s.weight_decay)
+            run.update(weights, gradient(run, l, band, some), *moments, step + 1, lr, s.weight_decay)
         if rank == 0:
             run.control[DONE], run.control[STOPPED] = step + 1, run.control[ASKED]
         run.barrier.wait()
@@ -232,6 +231,16 @@ def steps(run, first, last, rank=0, workers=1, measured=measure):
 
 
 # --- The work of a step and of a report ----------------------------------------------------------------
+
+
+def measured_columns(run):
+    """Which images of the batch any unit has a slope for; the others add nothing to the gradient."""
+    return np.any([slopes.any(axis=0) for slopes in run.slopes], axis=0)
+
+
+def gradient(run, l, band, some):
+    """Of rows of [W; b] of layer l: the mean over the batch, of which those columns are measured."""
+    return run.inputs[l][band][:, some] @ run.slopes[l][:, some].T / np.float32(run.settings.batch)
 
 
 def evaluate(run, which, rank, workers):

@@ -260,7 +260,7 @@ def model(run, workers):
     images = np.arange(s.batch)
 
     layers = [*zip(*(train.as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]
-    drawn, tasks, bands, some = [], [], [], run.slopes[-1].any(axis=0)
+    drawn, tasks, bands, some = [], [], [], train.measured_columns(run)
     for _ in range(ROUNDS):
         rng = np.random.default_rng(0)
         drawn.append(seconds(lambda rng=rng: fpnl.mutation_signs(rng, run.params, s.batch)))
@@ -268,9 +268,8 @@ def model(run, workers):
         bands.append([])
         for l, band in train.bands(s.sizes):
             began = time.perf_counter()
-            gradient = run.inputs[l][band][:, some] @ run.slopes[l][:, some].T / np.float32(s.batch)
             weights, *moments = (array[band] for array in layers[l])
-            fpnl.adamw(weights, gradient, *moments, 1000, 0.0)
+            fpnl.adamw(weights, train.gradient(run, l, band, some), *moments, 1000, 0.0)
             bands[-1].append(time.perf_counter() - began)
     count = math.ceil(s.batch / train.TASK)
     serial, bands = statistics.median(drawn), [statistics.median(column) for column in zip(*bands)]

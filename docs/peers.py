@@ -186,7 +186,7 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 PEERS = {  # name of the log: row of the table, trainer, its settings; None: those that it has as a row of controls.py
     "main": ("the main job", functools.partial(loop, "es"), None),
     "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), None),
-    "deadzone-some": ("the same, importance sampling", functools.partial(loop, "deadzone-some"), None),
+    "deadzone-some": ("backprop, dead zone, importance sampling", functools.partial(loop, "deadzone-some"), None),
     "signs": ("population ES, signs", functools.partial(population, random_signs), {}),
     "signs-256": ("population ES, signs", functools.partial(population, random_signs), {"members": 256}),
     "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {}),

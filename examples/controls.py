@@ -131,7 +131,7 @@ ROWS = {  # name of the log: row of the table, method, transfer, options of trai
     "prediction": ("the prediction alone", prediction, None, ""),
     "blind": ("backprop, blind to the flush", backprop, None, f"{WHOLE} --epochs 20 --weight-decay 0.1"),
     "deadzone": ("backprop that knows the dead zone", deadzone, None, f"{WHOLE} --epochs 20 --weight-decay 0.3"),
-    "deadzone-some": ("the same, importance sampling", deadzone, None, "--batch 256 --epochs 20 --weight-decay 0.3"),
+    "deadzone-some": ("backprop, dead zone, importance sampling", deadzone, None, "--batch 256 --epochs 20 --weight-decay 0.3"),
     "relu": ("ReLU network, backprop", relu, rectify, f"{WHOLE} --flush off --epochs 20 --weight-decay 0.1"),
 }
 POST = {"es": "> 99 / 96.7", "linear": "94 / 92"}
