@@ -1570,8 +1570,8 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
-SHORT = "--epochs 0.15 --batch 300 --seed 3 --importance 0.5 --flush emulated --workers 1 --reports 1".split()
-# five tasks, the last smaller
+SHORT = "--epochs 0.15 --batch 300 --seed 3 --importance 0.5 --dropout 0.1 --workers 1".split()
+SHORT += "--flush emulated --reports 1".split()  # five tasks, the last smaller
 
 
 def assert_same_weights(path, expected):
@@ -1674,6 +1674,8 @@ if __name__ == "__main__":
         ["--control-variate"],
         ["--sigma", 0.03],
         ["--importance", 0.6],
+        ["--dropout", 0.2],
+        ["--smoothing", 0.1],
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (["--seed", 4], ["--block", 9], ["--lr", 2e-3], ["--flush", "off"])

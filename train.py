@@ -46,7 +46,7 @@ import data
 import fpnl
 
 TASK, BAND, PIECE = 64, 64, 1000  # images of a task, rows of weights updated, images evaluated together
-INIT, ORDER, SIGNS = range(3)  # random streams of a seed
+INIT, ORDER, SIGNS, DROPPED = range(4)  # random streams of a seed
 RARELY = 0.05  # the least probability with which --importance has an image measured
 PRESETS = {"best": {"epochs": 150, "control_variate": True}}
 
@@ -93,6 +93,8 @@ class Settings:
     importance: float = option(2.0, "measure an image with probability N (1 - p), p of its label; 0: all", type=SIZE)
     lr: float = option(1e-3, "AdamW's learning rate, falling to zero as a cosine", type=SIZE)
     weight_decay: float = option(1.0, "AdamW's decoupled decay", type=SIZE)
+    dropout: float = option(0.0, "share of the hidden units that a task is without", type=number(float, 0, 0.99))
+    smoothing: float = option(0.0, "share of each label that is spread over all classes", type=number(float, 0, 1))
     seed: int = option(0, "of the weights, the order of the images and the mutations", type=number(int, 0, math.inf))
     # fmt: on
 
@@ -146,9 +148,37 @@ def es(settings, net, params, x, labels, signs):
     -> for each layer its inputs [fan_in + 1, n], the last row 1 if the bias acts, else 0, and the slopes [width, n]:
     the gradient of [W; b] is inputs @ slopes.T / n.
     """
-    how = settings.sigma, settings.block, fpnl.cross_entropy, settings.control_variate
+    how = settings.sigma, settings.block, losses(settings), settings.control_variate
     outputs, slopes = fpnl.es_slopes(params, x, labels, signs, *how, **net)
     return [with_bias(a, l == 0 or not net["ftz"] or net["transfer"]) for l, a in enumerate([x.T, *outputs])], slopes
+
+
+def losses(settings):
+    """Cross-entropy; with smoothing (Szegedy et al. 2016), of labels of which a share is spread over all classes."""
+    return functools.partial(smoothed, np.float32(settings.smoothing)) if settings.smoothing else fpnl.cross_entropy
+
+
+def smoothed(share, logits, labels):
+    right = logits[..., np.arange(len(labels)), labels]
+    return fpnl.cross_entropy(logits, labels) + share * (right - logits.mean(axis=-1))
+
+
+def thinned(method, key, settings, net, params, x, labels, signs):
+    """Dropout (Srivastava et al. 2014): a method on the network without some hidden units; those left give more."""
+    rng, (fan_in, *hidden, classes) = np.random.default_rng(key), settings.sizes
+    kept = [rng.permutation(n) >= int(settings.dropout * n) for n in hidden]
+    kept = [np.ones(fan_in, bool), *kept, np.ones(classes, bool)]
+    gains = [np.float32(1 / units.mean()) for units in kept]
+    thin = [(W[np.ix_(i, o)] * gain, b[o]) for (W, b), i, o, gain in zip(params, kept, kept[1:], gains)]
+    inputs, slopes = method(settings, net, thin, x, labels, signs[:, np.concatenate(kept[1:])])
+    inputs = [np.vstack([whole(a[:-1] * gain, i), a[-1:]]) for a, i, gain in zip(inputs, kept, gains)]  # the chain rule
+    return inputs, [*map(whole, slopes, kept[1:])]
+
+
+def whole(found, kept):
+    array = np.zeros((len(kept), found.shape[1]), np.float32)
+    array[kept] = found
+    return array
 
 
 def measure(run, step, images, rank, workers):
@@ -164,10 +194,11 @@ def measure(run, step, images, rank, workers):
         x, labels = data.pixels(run.sets[0][images[task]]), run.sets[1][images[task]]
         q = np.ones(len(x), np.float32)
         if s.importance:
-            losses = fpnl.cross_entropy(fpnl.forward(run.params, x, **run.net), labels)
-            q = np.clip(s.importance * (1 - np.exp(-losses)), RARELY, 1)
+            loss = fpnl.cross_entropy(fpnl.forward(run.params, x, **run.net), labels)
+            q = np.clip(s.importance * (1 - np.exp(-loss)), RARELY, 1)
         if len(some := np.flatnonzero(chances[task] < q)):
-            inputs, slopes = run.method(s, run.net, run.params, x[some], labels[some], signs[task][some])
+            method = functools.partial(thinned, run.method, (s.seed, DROPPED, step, start)) if s.dropout else run.method
+            inputs, slopes = method(s, run.net, run.params, x[some], labels[some], signs[task][some])
             yield start + some, inputs, [slope / q[some] for slope in slopes]
 
 

@@ -52,12 +52,12 @@ def backward(params, derivatives, delta):
     return deltas
 
 
-def softmax_error(logits, labels):
-    """dL/do of each image's cross-entropy, [n, classes]: softmax minus one-hot."""
+def softmax_error(logits, labels, smoothing=0):
+    """dL/do of each image's cross-entropy, [n, classes]: softmax minus the label, one-hot but for a smoothed share."""
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    p[np.arange(len(p)), labels] -= 1
-    return p
+    p[np.arange(len(p)), labels] -= 1 - smoothing
+    return p - p.dtype.type(smoothing / p.shape[1])
 
 
 # --- Methods: what drives the weights ------------------------------------------------------------------
@@ -65,17 +65,17 @@ def softmax_error(logits, labels):
 
 def backprop(settings, net, params, x, labels, signs):
     """Every derivative is 1: right for a linear network (transfer=np.positive), blind to the flush of another."""
-    return chain(net, params, x, labels, lambda hs: [1] * len(hs), len(params))
+    return chain(settings, net, params, x, labels, lambda hs: [1] * len(hs), len(params))
 
 
 def deadzone(settings, net, params, x, labels, signs):
     """The derivative of a flush is 0 where a unit is dead, and 0 for the later biases."""
-    return chain(net, params, x, labels, lambda hs: [h != 0 for h in hs], 1)
+    return chain(settings, net, params, x, labels, lambda hs: [h != 0 for h in hs], 1)
 
 
 def relu(settings, net, params, x, labels, signs):
     """Of a ReLU network; its logits are linear."""
-    return chain(net, params, x, labels, lambda hs: [h != 0 for h in hs[:-1]] + [1], len(params))
+    return chain(settings, net, params, x, labels, lambda hs: [h != 0 for h in hs[:-1]] + [1], len(params))
 
 
 def prediction(settings, net, params, x, labels, signs):
@@ -89,17 +89,17 @@ def prediction(settings, net, params, x, labels, signs):
     members = np.tile(dead_zone(sums[-1]), (2, sums[-1].shape[1], 1, 1))  # [mirror, logit, n, classes]
     for j in range(members.shape[1]):
         members[:, j, :, j] = up[-1][:, j], down[-1][:, j]
-    losses = fpnl.cross_entropy(members, labels)
+    losses = train.losses(settings)(members, labels)
     delta = (losses[0] - losses[1]).T / np.maximum(2 * shifts[-1], fpnl.TINY)
     return in_columns(inputs, backward(params, derivatives, delta), 1)
 
 
-def chain(net, params, x, labels, derivatives, biases):
+def chain(settings, net, params, x, labels, derivatives, biases):
     """By the chain rule; `derivatives` makes those of all layers out of their outputs."""
     hs = fpnl.activations(params, x, **net)
     hs = hs if net["transfer"] else [h * fpnl.SCALE for h in hs]
     *hidden, last = derivatives(hs)
-    deltas = backward(params, hidden, softmax_error(hs[-1], labels) * np.float32(last))
+    deltas = backward(params, hidden, softmax_error(hs[-1], labels, settings.smoothing) * np.float32(last))
     return in_columns([x, *hs[:-1]], deltas, biases)
 
 
@@ -120,6 +120,7 @@ def rectify(z):
 # --- The comparison ------------------------------------------------------------------------------------
 
 WHOLE = "--importance 0 --batch 256"
+DEADZONE = "--batch 256 --epochs 20 --weight-decay 0.3"
 LINEAR = f"{WHOLE} --flush off --weight-decay 0"
 ROWS = {  # name of the log: row of the table, method, transfer, options of train.py
     "linear": ("linear network, backprop", backprop, np.positive, f"{LINEAR} --epochs 8"),
@@ -130,8 +131,8 @@ ROWS = {  # name of the log: row of the table, method, transfer, options of trai
     "es-cv": ("ES with the control variate", train.es, None, "--control-variate"),
     "prediction": ("the prediction alone", prediction, None, ""),
     "blind": ("backprop, blind to the flush", backprop, None, f"{WHOLE} --epochs 20 --weight-decay 0.1"),
-    "deadzone": ("backprop that knows the dead zone", deadzone, None, f"{WHOLE} --epochs 20 --weight-decay 0.3"),
-    "deadzone-some": ("backprop, dead zone, importance sampling", deadzone, None, "--batch 256 --epochs 20 --weight-decay 0.3"),
+    "deadzone": ("backprop that knows the dead zone", deadzone, None, f"{DEADZONE} --importance 0"),
+    "deadzone-some": ("backprop, dead zone, importance sampling", deadzone, None, DEADZONE),
     "relu": ("ReLU network, backprop", relu, rectify, f"{WHOLE} --flush off --epochs 20 --weight-decay 0.1"),
 }
 POST = {"es": "> 99 / 96.7", "linear": "94 / 92"}

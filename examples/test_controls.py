@@ -32,20 +32,81 @@ def gradient(method, net, params, x, labels, **options):
     return [(g[:-1], g[-1]) for g in (a @ s.T / len(x) for a, s in zip(inputs, slopes))]
 
 
-@pytest.mark.parametrize("method", NETS)
-def test_the_gradient_is_the_derivative(method):
+def assert_is_the_derivative(grads, params, loss_of):
     """Against central differences, along a random direction of all the weights; within the dead zones, where the
     network is differentiable, the step is too small for a unit to cross a threshold."""
-    params, x, labels = example(SIZES, n=2)
-    rng, grads = RNG(1), gradient(method, NETS[method], params, x, labels)
+    rng = RNG(1)
     direction = [[rng.standard_normal(a.shape, dtype=np.float32) for a in layer] for layer in params]
 
     def loss_at(t):
-        moved = [[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]
-        return float(fpnl.loss(fpnl.forward(moved, x, **NETS[method]), labels))
+        return float(loss_of([[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]))
 
     slope = sum(np.vdot(g, d) for layers in zip(grads, direction) for g, d in zip(*layers))
     assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.3])
+@pytest.mark.parametrize("method", NETS)
+def test_the_gradient_is_the_derivative(method, smoothing):
+    params, x, labels = example(SIZES, n=2)
+    grads = gradient(method, NETS[method], params, x, labels, smoothing=smoothing)
+    targets = (1 - smoothing) * np.eye(SIZES[-1])[labels] + smoothing / SIZES[-1]
+
+    def loss_of(params):
+        logits = fpnl.forward(params, x, **NETS[method])
+        of_each = [fpnl.cross_entropy(logits, np.full(len(x), label)) for label in range(SIZES[-1])]
+        return np.mean(np.sum(of_each * targets.T, axis=0))
+
+    assert_is_the_derivative(grads, params, loss_of)
+
+
+@pytest.mark.parametrize("method", ["es", "prediction"])
+def test_smoothed_labels_reach_what_is_measured(method):
+    """The last layer's slopes are those of the smoothed loss, to a part in a hundred: there, ES has no noise."""
+    params, x, labels = example(SIZES, n=3)
+    how, signs = settings(method, smoothing=0.3, sigma=1e-3), fpnl.mutation_signs(RNG(2), params, 3)
+    measure = train.es if method == "es" else controls.prediction
+    _, slopes = measure(how, NETS["deadzone"], params, x, labels, signs)
+    _, exact = controls.deadzone(how, NETS["deadzone"], params, x, labels, signs)
+    np.testing.assert_allclose(slopes[-1], exact[-1], atol=1e-2)
+
+
+def test_dropout_is_the_network_without_some_of_its_units():
+    """What a method is given, where its results go, and that they are the derivative: whatever is left out has no
+    weights to the next layer, what is left has larger ones."""
+    params, x, labels = example(SIZES, n=2)
+    signs, given, left = fpnl.mutation_signs(RNG(2), params, 2), [], set()
+
+    def ones(settings, net, params, x, labels, signs):
+        given.append((params, x, signs))
+        return [np.ones((len(W) + 1, 2), "f") for W, _ in params], [np.ones((len(b), 2), "f") for _, b in params]
+
+    def thinned(method, key, net=None):
+        return train.thinned(method, key, settings("es", dropout=0.4), net, params, x, labels, signs)
+
+    for key in range(3):
+        inputs, slopes = thinned(ones, key)
+        kept = [np.flatnonzero(a[:-1].all(axis=1)) for a in inputs] + [np.arange(SIZES[-1])]
+        left.add((*kept[1], *kept[2]))
+        assert [len(units) for units in kept] == [12, 6, 6, 5]
+        thin, pixels, own = given[-1]
+        np.testing.assert_array_equal(pixels, x)
+        places = np.concatenate([units + end for units, end in zip(kept[1:], (0, 10, 19))])
+        np.testing.assert_array_equal(own, signs[:, places])
+        gains = [np.float32(n / len(units)) for n, units in zip(SIZES, kept)]
+        for l, (W, b) in enumerate(params):
+            np.testing.assert_array_equal(thin[l][0], W[kept[l]][:, kept[l + 1]] * gains[l])
+            np.testing.assert_array_equal(thin[l][1], b[kept[l + 1]])
+            np.testing.assert_array_equal(np.flatnonzero(slopes[l].any(axis=1)), kept[l + 1])
+        masks = [np.isin(np.arange(n), units)[:, None] * gain for n, units, gain in zip(SIZES, kept, gains)]
+        for method, net in NETS.items():
+            grads = [a @ s.T / 2 for a, s in zip(*thinned(getattr(controls, method), key, net))]
+
+            def loss_of(params, net=net, masks=masks):
+                return fpnl.loss(fpnl.forward([(W * mask, b) for (W, b), mask in zip(params, masks)], x, **net), labels)
+
+            assert_is_the_derivative([(g[:-1], g[-1]) for g in grads], params, loss_of)
+    assert len(left) == 3
 
 
 def test_backprop_is_blind_to_underflow():
