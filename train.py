@@ -164,7 +164,7 @@ def smoothed(share, logits, labels):
 
 
 def thinned(method, key, settings, net, params, x, labels, signs):
-    """Dropout (Srivastava et al. 2014): a method on the network without some hidden units; those left give more."""
+    """Dropout (Srivastava et al. 2014): a method without some hidden units, the others' outputs / (1 - dropout)."""
     rng, (fan_in, *hidden, classes) = np.random.default_rng(key), settings.sizes
     kept = [rng.permutation(n) >= int(settings.dropout * n) for n in hidden]
     kept = [np.ones(fan_in, bool), *kept, np.ones(classes, bool)]
