@@ -155,11 +155,17 @@ def compare(folder, rows, seeds, options):
         if row == "es":
             for name, score in under_other_arithmetic(args, folder / f"scale-{seed}.csv", held_out):
                 table.setdefault(f"  its weights, {name}", []).append(score)
-    print(f"\n{f'accuracy in percent, {seeds} seeds':44} {'train':>14} {held_out:>14}   the post")
+    print_table(table, held_out, {says: f"   {found}" for says, found in post.items()}, "   the post")
+
+
+def print_table(table, held_out, notes, title=""):
+    """Of {row: [(train, other) of each seed, ...]} mean and standard deviation, and a note a row."""
+    seeds = max(map(len, table.values()))
+    print(f"\n{f'accuracy in percent, {seeds} seeds':44} {'train':>14} {held_out:>14}{title}")
     for says, scores in table.items():
         columns = [[100 * score for score in column] for column in zip(*scores)]
         cells = [f"{statistics.mean(c):7.2f} ± {statistics.stdev(c) if c[1:] else 0:4.2f}" for c in columns]
-        print(f"{says:44} {cells[0]} {cells[1]}   {post.get(says, '')}")
+        print(f"{says:44} {cells[0]} {cells[1]}{notes.get(says, '')}")
 
 
 def arguments(folder, row, seed, options):
