@@ -188,18 +188,22 @@ def measure(run, step, images, rank, workers):
     loss, from RARELY to 1, and counts 1 / q; so the expectation is that of all images.
     """
     s, rng = run.settings, np.random.default_rng((run.settings.seed, SIGNS, step))
-    signs, chances = fpnl.mutation_signs(rng, run.params, len(images)), rng.random(len(images))
+    signs, drawn = fpnl.mutation_signs(rng, run.params, len(images)), rng.random(len(images))
     for start in range(0, len(images), TASK)[rank::workers]:
         task = slice(start, start + TASK)
         x, labels = data.pixels(run.sets[0][images[task]]), run.sets[1][images[task]]
         q = np.ones(len(x), np.float32)
         if s.importance:
-            loss = fpnl.cross_entropy(fpnl.forward(run.params, x, **run.net), labels)
-            q = np.clip(s.importance * (1 - np.exp(-loss)), RARELY, 1)
-        if len(some := np.flatnonzero(chances[task] < q)):
+            q = chances_of(fpnl.forward(run.params, x, **run.net), labels, s.importance)
+        if len(some := np.flatnonzero(drawn[task] < q)):
             method = functools.partial(thinned, run.method, (s.seed, DROPPED, step, start)) if s.dropout else run.method
             inputs, slopes = method(s, run.net, run.params, x[some], labels[some], signs[task][some])
             yield start + some, inputs, [slope / q[some] for slope in slopes]
+
+
+def chances_of(logits, labels, importance):
+    """The probabilities [n] with which images are measured."""
+    return np.clip(importance * (1 - np.exp(-fpnl.cross_entropy(logits, labels))), RARELY, 1)
 
 
 def train(args, method=es, transfer=None):

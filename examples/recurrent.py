@@ -221,8 +221,7 @@ def gradient(row, how, params, step, images):
     x, labels = data.pixels(sets(how.validation)[0][images]), sets(how.validation)[1][images]
     q = np.ones(len(x), np.float32)
     if how.importance:
-        loss = fpnl.cross_entropy(unrolled(params, x, ftz)[1], labels)
-        q = np.clip(how.importance * (1 - np.exp(-loss)), train.RARELY, 1)
+        q = train.chances_of(unrolled(params, x, ftz)[1], labels, how.importance)
     some = np.flatnonzero(rng.random(len(x)) < q)
     if not len(some):
         return [tuple(map(np.zeros_like, layer)) for layer in params]
