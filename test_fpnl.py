@@ -2108,6 +2108,18 @@ def test_mpi_ends_when_a_worker_is_killed_and_its_checkpoint_resumes(small, tmp_
 
 @pytest.mark.slow
 @needs_dask
+def test_workers_of_a_dask_of_its_own_say_nothing():
+    """As of a heartbeat that comes when the scheduler has gone."""
+    code = (
+        "import logging, train\nif __name__ == '__main__':\n with train.dask(1, None)[0] as client:\n"
+        "  print(client.run(lambda: logging.getLogger('distributed.worker').error('heartbeat') or 'done'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "done" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.slow
+@needs_dask
 def test_a_dask_that_is_there_already(small, tmp_path):
     run(*small, "--epochs", 2, "--reports", 1, "--save", tmp_path / "whole.npz")
     code = (

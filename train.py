@@ -29,6 +29,7 @@ import dataclasses
 import errno
 import functools
 import itertools
+import logging
 import math
 import multiprocessing
 import pathlib
@@ -487,7 +488,7 @@ def dask(workers, scheduler):
         client = distributed.Client(**{"address": scheduler, "timeout": 5} if scheduler else own)
         client.wait_for_workers(1, timeout=5)
         if not scheduler:
-            client.register_worker_callbacks(deaf)
+            client.register_worker_callbacks(mute)
     except OSError as error:  # TimeoutError, too
         raise ValueError(f"--scheduler: expected workers there, found none: dask worker {scheduler}") from error
     return client, client.get_executor(pure=False), len(client.nthreads())
@@ -507,6 +508,12 @@ def deaf():
     """Signals, which a terminal and a batch system send to all processes, are the main process's affair."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def mute():
+    """Deaf, and without dask's messages: an error reaches the main process anyway; a heartbeat at the end is none."""
+    deaf()
+    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
 
 
 def end_in_time(control):
