@@ -49,7 +49,7 @@ import fpnl
 TASK, BAND, PIECE = 64, 64, 1000  # images of a task, rows of weights updated, images evaluated together
 INIT, ORDER, SIGNS, DROPPED = range(4)  # random streams of a seed
 RARELY = 0.05  # the least probability with which --importance has an image measured
-PRESETS = {"best": {"epochs": 300, "control_variate": True, "weight_decay": 0.5, "dropout": 0.2, "smoothing": 0.1}}
+PRESETS = {"best": {"epochs": 100, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 
 
 def number(kind, low, high):
