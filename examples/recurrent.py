@@ -89,6 +89,12 @@ def forward(params, x, ftz=True):
     return fs, ms, fpnl.forward([readout], m * R, ftz)
 
 
+def load_weights(path):
+    """What a run has saved, as `init` makes them."""
+    with np.load(path) as file:
+        return [(file[f"W{i}"], file[f"b{i}"]) for i in (1, 2, 3)]
+
+
 def unrolled(params, x, ftz=True):
     """The same in units of 1/S and 1/R: of features and memory the inputs, sums and outputs, each [rows, n, ...], and
     the logits [n, classes]. With ftz None, tanh stands for their flush, and the logits are linear."""
@@ -192,21 +198,21 @@ def backprop(how, params, x, labels, rng, ftz=None):
 SETTINGS = {  # default, kind, what it is
     "features": (64, train.COUNT, "units"),
     "memory": (64, train.COUNT, "units"),
-    "epochs": (60.0, train.LONG, "passes over the training images"),
-    "batch": (256, train.COUNT, "images a step"),
+    "epochs": (30.0, train.LONG, "passes over the training images"),
+    "batch": (512, train.COUNT, "images a step"),
     "delta": ((0.25, 1.0), train.number(float, 1e-9, 1e9), "movement of a sum by a mutation: of features, of memory"),
-    "block": ((32, 64), train.COUNT, "units mutated together, of features and of memory"),
+    "block": ((16, 32), train.COUNT, "units mutated together, of features and of memory"),
     "importance": (2.0, train.SIZE, "as in train.py"),
-    "lr": (2e-3, train.SIZE, "AdamW's learning rate, falling to zero as a cosine"),
+    "lr": (8e-3, train.SIZE, "AdamW's learning rate, falling to zero as a cosine"),
     "decay": (0.3, train.SIZE, "AdamW's decoupled decay"),
+    "recurrent": (1 / 64, train.SIZE, "share of the rate with which the weights of the memory before a row learn"),
 }
 ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other defaults
     "es": ("ES, flush to zero", es, True, {}),
     "es-off": ("ES, gradual underflow", es, False, {}),
-    "prediction": ("the prediction alone", functools.partial(es, members=False), True, {"epochs": 20.0, "lr": 8e-3}),
-    "tanh": ("tanh, backprop through time", backprop, None, {"epochs": 20.0}),
+    "prediction": ("the prediction alone", functools.partial(es, members=False), True, {}),
+    "tanh": ("tanh, backprop through time", backprop, None, {"lr": 4e-3, "recurrent": 1.0}),
 }
-RATES = (1, 1), (1, 0), (1 / 16, 1), (1 / 16, 0)  # of the learning rate and of the decay, for each of `parts`
 
 
 @functools.cache
@@ -288,18 +294,18 @@ def learn(row, how, folder, everywhere):
 
 
 def descend(how, params, grads, m, v, step, fraction):
-    """One AdamW step, in place, along the gradient cut to a length of 1. What states are multiplied with, which are
-    large, learns at a sixteenth of the rate; the rotation and the biases do not decay."""
+    """One AdamW step, in place, along the gradient cut to a length of 1; biases and recurrent weights do not decay."""
     length = math.sqrt(sum(float(np.vdot(g, g)) for layer in grads for g in layer))
     grads = [tuple(g / np.float32(max(1, length)) for g in layer) for layer in grads]
-    for (rate, decay), *part in zip(RATES, *map(parts, (params, grads, m, v))):
-        fpnl.adamw(*part, step + 1, how.lr * fraction * rate, how.decay * decay)
+    rates = (how.lr, how.decay), (how.lr, 0), (how.lr * how.recurrent, 0)
+    for (lr, decay), *part in zip(rates, *map(parts, (params, grads, m, v))):
+        fpnl.adamw(*part, step + 1, lr * fraction, decay)
 
 
 def parts(layers):
-    """Weights of pixels and readout, their biases, the features' weights of the memory, the memory's."""
+    """Weights of pixels, features and logits; biases; weights of the memory before a row."""
     (W, b), (U, c), (V, d) = layers
-    return [W[: -len(V)], V], [b, d], [W[-len(V) :]], [U, c]
+    return [W[: -len(V)], U[: -len(V)], V], [b, c, d], [W[-len(V) :], U[-len(V) :]]
 
 
 # --- The comparison --------------------------------------------------------------------------------------------
