@@ -210,7 +210,7 @@ SETTINGS = {  # default, kind, what it is
 ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other defaults
     "es": ("ES, flush to zero", es, True, {}),
     "es-off": ("ES, gradual underflow", es, False, {}),
-    "prediction": ("the prediction alone", functools.partial(es, members=False), True, {}),
+    "prediction": ("the prediction alone", functools.partial(es, members=False), True, {"lr": 1.6e-2}),
     "tanh": ("tanh, backprop through time", backprop, None, {"lr": 4e-3, "recurrent": 1.0}),
 }
 
