@@ -5,22 +5,26 @@
     python examples/recurrent.py runs --rows es --seeds 1   # some of them
     python examples/recurrent.py runs --validation 5000 --lr 2e-3       # other settings, on images held out
 
-The closing wish of the post. An image of MNIST is read row by row: at each of 28 steps the network sees 28 pixels x.
+The post ends with the wish for one. An image of MNIST is read row by row: at each of 28 steps the network sees 28
+pixels x.
 
     f = ([x, m R] @ W + b) / S             f: features [n, F],   S = 2^125
     m = ([f S, m R] @ U + c) / R           m: memory [n, M], 0 before the first row,   R = 2^121
     o = ((m R) @ V + d) / S * S            o: logits, after the last row
 
-Every operation but a matrix product flushes its operands and its result, as in fpnl.py, whose network of one layer this
-is three times. In units of 1/S and 1/R: f = t([x, m] @ W + b) with t(z) = z where |z| >= 1/2, else 0; the memory's dead
-zone ends at 1/32, so that little of it is lost on the way. In the real numbers all this is linear.
+These are three of fpnl.py's networks of one layer, each of which flushes as there, and between them values go back to
+order 1, so that all biases act. With f in units of 1/S: f = t([x, m] @ W + b), t(z) = z where |z| >= 1/2, else 0, and
+so the logits; the memory's dead zone ends at 1/32, so that little is lost on the way. In the real numbers all this is
+linear.
 
-At the start features see pixels alone, and a memory is rotated and gets them added. So what is far back reaches the
-logits as well as what is near, in the forward direction and in what follows from a mutation.
+At the start features see pixels alone, and the memory is turned by an orthogonal matrix at each row, which keeps its
+length, and gets features added, times a random matrix. So what is far back reaches the logits as well as what is near.
 
-ES as in fpnl.py (steps 1 to 4 and the control variate). A member is the network in which, at one step of time alone, a
-block of units has its weights moved along what they are multiplied with, so far that their sums move by +-delta;
-what follows from that is computed. The gradient of weights is the sum over all steps of what their slopes give.
+ES as in fpnl.py, but for this: a member is the network in which, at one row alone, a block of units has its weights
+moved along what they are multiplied with, with random signs e, so that their sums move by e delta, and all that follows
+is computed; beside it is its mirror image, -e. Blocks of 1 are for the logits alone. The control variate's prediction
+is the chain rule from the slopes of the logits back through all rows, with a unit's own c / (2 e delta) as its
+derivative; that depends on no sign, so the slopes are the same in expectation. The gradient is the sum over the rows.
 """
 
 import argparse
@@ -43,10 +47,11 @@ import data
 import fpnl
 import train
 
-PIXELS, CLASSES, TASK = 28, 10, 128  # of a row; images whose slopes are measured together
-R = np.float32(2.0**121)
+PIXELS, CLASSES = 28, 10  # of a row, of the images
+TASK = 128  # images whose slopes are measured together
+R = np.float32(2.0**121)  # the memory's S
 EDGES = [float(scale * fpnl.TINY) for scale in (fpnl.SCALE, R, fpnl.SCALE)]  # of the dead zones: 1/2, 1/32, 1/2
-INIT, ORDER, SIGNS = range(3)  # random streams of a seed
+INIT, ORDER, MEASURE = range(3)  # random streams of a seed
 
 
 # --- The network -----------------------------------------------------------------------------------------
@@ -55,15 +60,15 @@ INIT, ORDER, SIGNS = range(3)  # random streams of a seed
 def init(rng, features, memory):
     """[(W, b), (U, c), (V, d)]: W [28 + memory, features], U [features + memory, memory], V [memory, 10].
 
-    Normal with variance 2 / fan_in, the fan_in those of the pixels, the features, the memory; but the memory's part of
-    W is 0 and that of U a rotation, a random orthogonal matrix. b is normal with deviation 1/2; c = d = 0.
+    Normal with variance 2 / fan_in, the fan_in 28, features and memory; but the memory's part of W is 0 and that of U
+    orthogonal, from the QR decomposition of a Gaussian matrix. b is normal with deviation 1/2; c = d = 0.
     """
     (W, b), (U, c), readout = (
         fpnl.init(rng, sizes)[0] for sizes in ((PIXELS, features), (features, memory), (memory, CLASSES))
     )
-    rotation = np.linalg.qr(rng.standard_normal((memory, memory)))[0].astype(np.float32)
+    orthogonal = np.linalg.qr(rng.standard_normal((memory, memory)))[0].astype(np.float32)
     b += np.float32(0.5) * rng.standard_normal(features, np.float32)
-    return [(np.vstack([W, np.zeros((memory, features), np.float32)]), b), (np.vstack([U, rotation]), c), readout]
+    return [(np.vstack([W, np.zeros((memory, features), np.float32)]), b), (np.vstack([U, orthogonal]), c), readout]
 
 
 def forward(params, x, ftz=True):
@@ -71,7 +76,7 @@ def forward(params, x, ftz=True):
 
     Parameters
     ----------
-    params : as `init` makes them; other widths, and rows of other widths, are those of the weights.
+    params : as `init` makes them; all widths are read from the weights, pixels a row = len(W) - memory.
     x : [n, rows * pixels] float32. ftz : as `fpnl.forward` takes it.
 
     Returns
@@ -96,8 +101,8 @@ def load_weights(path):
 
 
 def unrolled(params, x, ftz=True):
-    """The same in units of 1/S and 1/R: of features and memory the inputs, sums and outputs, each [rows, n, ...], and
-    the logits [n, classes]. With ftz None, tanh stands for their flush, and the logits are linear."""
+    """The same with f in units of 1/S, m of 1/R: inputs, sums and outputs, each of (features, memory), [rows, n, ...],
+    and logits [n, classes]. ftz is True or False, or None: tanh stands for the flush, and the logits are linear."""
     ((W, b), (U, c), (V, d)), (t, u, v) = params, transfers(ftz)
     m, steps = np.zeros((len(x), len(c)), np.float32), []
     for row in np.split(x, x.shape[1] // (len(W) - len(c)), axis=1):
@@ -111,7 +116,9 @@ def unrolled(params, x, ftz=True):
 
 def transfers(ftz):
     """Functions of the sums of features, memory and logits."""
-    return [np.tanh, np.tanh, np.positive] if ftz is None else [functools.partial(kept, edge * ftz) for edge in EDGES]
+    if ftz is None:
+        return [np.tanh, np.tanh, np.positive]
+    return [functools.partial(kept, edge if ftz else 0) for edge in EDGES]
 
 
 def kept(edge, z):
@@ -119,14 +126,15 @@ def kept(edge, z):
     return z * (np.abs(z) >= np.float32(edge))
 
 
-# --- Slopes of each image's loss along the sums of the units, [rows, n, units] a layer ------------------------------
+# --- Slopes of each image's loss along the sums of the units ---------------------------------------------------
 #
-# A method returns the inputs of features, memory and readout, and the slopes along their sums.
+# A method returns the inputs of features and memory, [rows, n, fan_in], and of the logits, [n, memory], and the slopes
+# along their sums, [rows, n, units] and [n, classes].
 
 
 def es(how, params, x, labels, rng, ftz=True, members=True):
-    """Evolution strategies with a control variate; without `members` that alone, the prediction by the chain rule, in
-    which the movement of a unit's own output across +-delta, c / (2 e delta), is its derivative."""
+    """Evolution strategies with the control variate; without `members` the prediction alone: c g / (2 e delta), which
+    depends on no sign. c, r and p as in fpnl.py; g: the predicted dL/dh; `moves` are e delta."""
     (inputs, sums, outputs), _ = unrolled(params, x, ftz)
     m, mirror = outputs[1][-1], np.array([[1], [-1]], np.float32)
     moves = [
@@ -134,8 +142,8 @@ def es(how, params, x, labels, rng, ftz=True, members=True):
         for delta, z in zip(how.delta, sums)
     ]
     moved = [t(z[:, :, None] + mirror * move[:, :, None]) for t, z, move in zip(transfers(ftz), sums, moves)]
-    c = [h[:, :, 0] - h[:, :, 1] for h in moved]  # the symbols of fpnl.py
-    signs = np.ones((len(x), CLASSES), np.int8)
+    c = [h[:, :, 0] - h[:, :, 1] for h in moved]
+    signs = np.ones((len(x), CLASSES), np.int8)  # no matter which, one unit at a time
     out = fpnl.es_slopes(params[2:], m, labels, signs, ftz=ftz)[1][0].T  # of fpnl's network of one layer
     g = chain(params, [change / (2 * move) for change, move in zip(c, moves)], out)
     r = differences(how, params, x, labels, sums, outputs, moved, ftz) if members else [0, 0]
@@ -202,10 +210,10 @@ SETTINGS = {  # default, kind, what it is
     "batch": (512, train.COUNT, "images a step"),
     "delta": ((0.25, 1.0), train.number(float, 1e-9, 1e9), "movement of a sum by a mutation: of features, of memory"),
     "block": ((16, 32), train.COUNT, "units mutated together, of features and of memory"),
-    "importance": (2.0, train.SIZE, "as in train.py"),
+    "importance": (2.0, train.SIZE, "measure an image with probability N (1 - p), p of its label; 0: all"),
     "lr": (8e-3, train.SIZE, "AdamW's learning rate, falling to zero as a cosine"),
-    "decay": (0.3, train.SIZE, "AdamW's decoupled decay"),
-    "recurrent": (1 / 64, train.SIZE, "share of the rate with which the weights of the memory before a row learn"),
+    "decay": (0.3, train.SIZE, "AdamW's decoupled decay, of weights other than the recurrent"),
+    "recurrent": (1 / 64, train.SIZE, "rate of the weights of the memory before a row, as a share of --lr"),
 }
 ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other defaults
     "es": ("ES, flush to zero", es, True, {}),
@@ -221,9 +229,9 @@ def sets(validation):
 
 
 def gradient(row, how, params, step, images):
-    """Of the loss of some images, summed: importance sampling as in train.py."""
+    """Of the loss summed over these images, of which some are measured, as in train.py, and count 1 / q."""
     _, method, ftz, _ = ROWS[row]
-    rng = np.random.default_rng((how.seed, SIGNS, step, images[0]))
+    rng = np.random.default_rng((how.seed, MEASURE, step, images[0]))
     x, labels = data.pixels(sets(how.validation)[0][images]), sets(how.validation)[1][images]
     q = np.ones(len(x), np.float32)
     if how.importance:
@@ -238,7 +246,7 @@ def gradient(row, how, params, step, images):
 
 
 def evaluate(row, how, params, which, start):
-    """Number of images times loss, accuracy and shares of units that are not 0, of features and of memory."""
+    """Loss, accuracy and shares of units that are not 0, of features and of memory, all times the number of images."""
     images, labels = (array[start : start + train.PIECE] for array in sets(how.validation)[which : which + 2])
     x, ftz = data.pixels(images), ROWS[row][2]
     if ftz is None:
@@ -294,7 +302,7 @@ def learn(row, how, folder, everywhere):
 
 
 def descend(how, params, grads, m, v, step, fraction):
-    """One AdamW step, in place, along the gradient cut to a length of 1; biases and recurrent weights do not decay."""
+    """One AdamW step, in place, with the gradient clipped to a norm of 1; biases and recurrent weights do not decay."""
     length = math.sqrt(sum(float(np.vdot(g, g)) for layer in grads for g in layer))
     grads = [tuple(g / np.float32(max(1, length)) for g in layer) for layer in grads]
     rates = (how.lr, how.decay), (how.lr, 0), (how.lr * how.recurrent, 0)
@@ -312,12 +320,12 @@ def parts(layers):
 
 
 def compare(args, given):
-    """Run everything, a seed after the other; print a table of train and test accuracy in percent."""
+    """Run everything, a seed after the other; print a table of accuracies in percent."""
     table, held_out = {}, "validation" if args.validation else "test"
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, initializer=train.deaf))
         stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C ends it
-        for seed, row in itertools.product(range(args.seeds), args.rows):
+        for seed, row in itertools.product(range(args.seeds), dict.fromkeys(args.rows)):
             says, *_, other = ROWS[row]
             defaults = {name: default for name, (default, *_) in SETTINGS.items()}
             fixed = {"validation": args.validation, "reports": args.reports, "seed": seed}
@@ -331,20 +339,20 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.error = train.fail
     add = parser.add_argument
-    add("folder", type=pathlib.Path, help="for logs and weights")
+    add("folder", type=pathlib.Path, help="for logs and weights; those of an earlier run are replaced")
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", type=train.COUNT, default=3, metavar="N", help="0, 1, ... of them (default: 3)")
-    add("--workers", type=train.COUNT, default=train.cores(), help="processes; the result is the same")
-    add("--reports", type=train.COUNT, default=15, metavar="N", help="lines of a run (default: 15)")
-    says = "hold out the last N training images, and evaluate on them"
+    add("--workers", type=train.COUNT, default=train.cores(), help="processes; makes no difference (default: all)")
+    add("--reports", type=train.COUNT, default=15, metavar="N", help="lines of a run after its first (default: 15)")
+    says = "hold out the last N training images, and evaluate on them, not on the test images"
     add("--validation", type=train.number(int, 0, 1e6), default=0, metavar="N", help=says)
     for name, (default, kind, says) in SETTINGS.items():
         others = "".join(f"; {row}: {other[name]:g}" for row, (*_, other) in ROWS.items() if name in other)
         count = len(default) if isinstance(default, tuple) else None
         add(f"--{name}", type=kind, nargs=count, help=f"{says} (default: {default}{others})")
     args = parser.parse_args()
-    if args.batch and args.batch > (least := len(sets(args.validation)[0])):
-        raise ValueError(f"--batch: expected at most the {least} training images, found {args.batch}")
+    if (batch := args.batch or SETTINGS["batch"][0]) > (number := len(sets(args.validation)[0])):
+        raise ValueError(f"--batch: expected at most the {number} training images, found {batch}")
     args.folder.mkdir(parents=True, exist_ok=True)
     compare(args, {name: value for name in SETTINGS if (value := getattr(args, name)) is not None})
 
