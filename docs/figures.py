@@ -12,6 +12,7 @@ import numpy as np
 DOCS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 sys.path.insert(1, str(DOCS.parent / "examples"))
+import recurrent as rows
 from linearized import power
 
 import data
@@ -201,6 +202,25 @@ def linearized(figure):
     figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
 
 
+def recurrent(figure, digits=(0, 1, 2, 3, 4)):
+    """examples/recurrent.py, the published weights: which features are live as the rows of an image are read, of the
+    first test image of each digit; those that are live most often stand on the left."""
+    params, (_, _, images, labels) = rows.load_weights(DOCS / "recurrent.npz"), data.load()
+    x = data.pixels(images[[np.flatnonzero(labels == digit)[0] for digit in digits]])
+    live = np.stack(rows.forward(params, x)[0], axis=1) != 0  # [digits, rows, features]
+    order = np.argsort(-live.mean(axis=(0, 1)), kind="stable")
+    pictures, features = figure.subplots(2, len(digits), sharey=True)
+    for top, bottom, image, of_image in zip(pictures, features, x, live):
+        top.imshow(1 - image.reshape(len(live[0]), -1), cmap="gray")
+        bottom.imshow(of_image[:, order], cmap="Blues", aspect="auto", vmax=1.4, interpolation="nearest")
+        bottom.set(xlabel="features")
+        for axes in (top, bottom):
+            axes.set(xticks=[], yticks=[0, 9, 18, 27], yticklabels=[1, 10, 19, 28])
+            axes.grid(False)
+    pictures[0].set(ylabel="row")
+    features[0].set(ylabel="after row")
+
+
 def read(path, **options):
     comments = sum(line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines())
     return np.genfromtxt(path, delimiter=",", names=True, skip_header=comments, **options)
@@ -211,7 +231,8 @@ def main():
         figure, axes = plt.subplots(layout="constrained")
         draw(axes)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
-    for name, (draw, height) in {"gates": (gates, 5.6), "linearized": (linearized, 3.8), "plane": (plane, 4)}.items():
+    others = {"gates": (gates, 5.6), "linearized": (linearized, 3.8), "plane": (plane, 4), "recurrent": (recurrent, 4)}
+    for name, (draw, height) in others.items():
         figure = plt.figure(figsize=(7.2, height), layout="constrained")
         draw(figure)
         figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})

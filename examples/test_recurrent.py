@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import recurrent
 
+import data
 import fpnl
 from test_fpnl import RNG, ROOT, assert_same_bits, needs_hardware
 
@@ -128,6 +130,26 @@ def test_a_short_training_beats_the_same_without_flush(small, monkeypatch, tmp_p
     assert found["es"] > 0.95 and found["es-off"] < 0.8
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/RESULTS.md"])
+def test_the_published_table_is_that_of_the_published_logs(document):
+    """Mean and standard deviation of the last rows of three seeds each, with the settings as they are."""
+    text = (ROOT / document).read_text().replace("*", "")
+    for row, (says, *_) in recurrent.ROWS.items():
+        logs = [(ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text().splitlines() for seed in range(3)]
+        columns = [[100 * float(log[-1].split(",")[i]) for log in logs] for i in (3, 4)]
+        cells = " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns)
+        assert f"| {says} | {cells} |" in text
+        of_row = {name: default for name, (default, *_) in recurrent.SETTINGS.items()} | recurrent.ROWS[row][3]
+        assert all(json.loads(log[0][2:]).items() >= json.loads(json.dumps(of_row)).items() for log in logs)
+
+
+def test_the_published_weights_are_those_of_a_published_run(mnist):
+    params = recurrent.load_weights(ROOT / "docs/recurrent.npz")
+    log = (ROOT / "docs/runs/recurrent/es-0.csv").read_text().splitlines()
+    found = fpnl.accuracy(recurrent.forward(params, data.pixels(mnist[2]))[2], mnist[3])
+    assert found == pytest.approx(float(log[-1].split(",")[4]), abs=2e-4)
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
     """The log begins with what it takes to repeat it."""
@@ -149,6 +171,7 @@ def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
     "options, says",
     [
         (["--batch", "70000"], "--batch: expected at most the 60000 training images, found 70000"),
+        (["--validation", "59600"], "--batch: expected at most the 400 training images, found 512"),
         (["--lr", "-1"], "--lr"),
     ],
 )
