@@ -22,9 +22,10 @@ length, and gets features added, times a random matrix. So what is far back reac
 
 ES as in fpnl.py, but for this: a member is the network in which, at one row alone, a block of units has its weights
 moved along what they are multiplied with, with random signs e, so that their sums move by e delta, and all that follows
-is computed; beside it is its mirror image, -e. Blocks of 1 are for the logits alone. The control variate's prediction
-is the chain rule from the slopes of the logits back through all rows, with a unit's own c / (2 e delta) as its
-derivative; that depends on no sign, so the slopes are the same in expectation. The gradient is the sum over the rows.
+is computed; beside it is its mirror image, -e. Blocks of 1 are for the logits alone, whose sums move as in fpnl.py. The
+control variate's prediction is the chain rule from the slopes of the logits back through all rows, with a unit's own
+c / (2 e delta) as its derivative; that depends on no sign, so the slopes are the same in expectation. The gradient is
+the sum over the rows.
 """
 
 import argparse
