@@ -47,11 +47,9 @@ def load(folder=MNIST, validation=0):
     FileNotFoundError : no such folder, or a file is missing. ValueError : a file is damaged, is not
     what its name says, or does not fit the others.
     """
-    train, test = (
-        [_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1")] for part in ("train", "t10k")
-    )
-    sets = []
-    for images, labels in (train, test):
+    sets, first = [], _find(folder, "train-images-idx3")
+    for part in ("train", "t10k"):
+        images, labels = (_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1"))
         x, y = read_images(images), read_idx(labels, 1)
         if x.size == 0:
             raise ValueError(f"{images}: expected images, found shape {x.shape}")
@@ -61,10 +59,8 @@ def load(folder=MNIST, validation=0):
         if y.dtype != np.uint8 or y.max() > most or not (sets or y.min() < y.max()):
             says = f"expected labels 0 to {most} (unsigned bytes), of two classes at least to train on"
             raise ValueError(f"{labels}: {says}, found {y.min()} to {y.max()} ({y.dtype})")
-        if sets and x.shape[1:] != sets[0].shape[1:]:
-            raise ValueError(
-                f"{images}: expected images of {sets[0].shape[1:]} as in {train[0].name}, found {x.shape[1:]}"
-            )
+        if sets and x.shape[1:] != (shape := sets[0].shape[1:]):
+            raise ValueError(f"{images}: expected images of {shape} as in {first.name}, found {x.shape[1:]}")
         sets += [x, y]
     x, y, *test = (a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
     if validation >= len(y):
@@ -117,11 +113,11 @@ def check_new_file(path, stream=False):
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode  # of what a link names
     good = not mode or os.access(path, os.W_OK) and (stat.S_ISREG(mode) or stream and not stat.S_ISDIR(mode))
-    if good and not (mode and stream):
-        try:
+    try:
+        if good and not (mode and stream):
             tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
-        except OSError:
-            good = False
+    except OSError:
+        good = False
     if not good:
         kind = "a file" if stream else "a regular file"
         raise ValueError(f"{path}: expected {kind} in a folder to write to, found none")
@@ -161,14 +157,31 @@ def provenance():
     return f"{versions}; {platform.platform()}, {cpu}; {time.strftime('%Y-%m-%d')}"
 
 
-def save_weights(path, params, settings, **arrays):
-    """[(W, b), ...] as W1, b1, ... in an .npz file, settings as JSON and what else there is: complete or not at all."""
+def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cgroup")):
+    """How many this process may use: its affinity (taskset) and the CPU quota of its container (cgroup 2 and 1)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines = own.read_text("utf-8", "replace").splitlines() if own.exists() else []
+    for group in (top / line.split(":", 2)[2].strip("/") for line in lines for top in (groups, groups / "cpu")):
+        for folder in (group, *group.parents):
+            files = (folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+            words = " ".join(file.read_text("ascii") for file in files if file.exists()).split()  # microseconds
+            if len(words) == 2 and words[0].isdecimal():  # "max" and -1: no limit
+                count = min(count, math.ceil(int(words[0]) / int(words[1])))
+    return count
+
+
+def save_weights(path, params, settings, **others):
+    """[(W, b), ...] as W1, b1, ... in an .npz file, settings as JSON, and others: numbers, or lists like params, whose
+    arrays have their name before these. The file is complete or not there at all."""
     path = pathlib.Path(os.path.realpath(path))  # through a link
-    weights = {f"{name}{i}": a for i, layer in enumerate(params, 1) for name, a in zip("Wb", layer)}
+    arrays = {"settings": json.dumps(settings)}
+    for prefix, found in {"": params, **others}.items():
+        layers = enumerate(found, 1) if isinstance(found, list) else ()
+        arrays |= {f"{prefix}{name}{i}": a for i, layer in layers for name, a in zip("Wb", layer)} or {prefix: found}
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # another run may write, too
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, **weights, settings=json.dumps(settings), **arrays)
+            np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -178,9 +191,9 @@ def save_weights(path, params, settings, **arrays):
 
 
 def load_weights(path):
-    """The inverse -> params, arrays, `settings` among them as a dict, empty if there are none.
+    """The inverse -> params, others, `settings` among them as a dict, empty if there are none.
 
-    Raises ValueError if params, or `moments`, are not finite float32 that fit, or settings are no JSON object.
+    Raises ValueError if params, or the moments `m` and `v`, are not finite float32 that fit, or settings are no JSON.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -190,25 +203,41 @@ def load_weights(path):
         raise
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
-    params = []
-    while f"W{len(params) + 1}" in arrays:
-        i = len(params) + 1
-        W, b = (arrays.pop(f"{name}{i}", np.empty(0)) for name in "Wb")
-        fan_in = params[-1][0].shape[1] if params else len(W) if W.ndim else 0
-        if not (W.dtype == b.dtype == np.float32 and W.ndim == 2 and len(W) == fan_in and b.shape == W.shape[1:]):
-            found = f"W{i} {W.dtype} {W.shape}, b{i} {b.dtype} {b.shape}"
-            raise ValueError(f"{path}: expected float32 W{i} [{fan_in}, width] and b{i} [width], found {found}")
-        if not (np.isfinite(W).all() and np.isfinite(b).all()):
-            raise ValueError(f"{path}: expected finite weights, found others in layer {i}")
-        params.append((W, b))
-    if not params:
+    if not (params := _layers(path, arrays, "")):
         raise ValueError(f"{path}: expected W1, b1, ..., found {', '.join(arrays) or 'nothing'}")
-    shape, moments = (2, sum(a.size for layer in params for a in layer)), arrays.get("moments")
-    if moments is not None and not (
-        moments.dtype == np.float32 and moments.shape == shape and np.isfinite(moments).all()
-    ):
-        raise ValueError(f"{path}: expected finite float32 moments {shape}, found others")
+    for name in ("m", "v"):
+        if layers := _layers(path, arrays, name):
+            arrays[name] = layers
+            if [[a.shape for a in layer] for layer in layers] != [[a.shape for a in layer] for layer in params]:
+                raise ValueError(f"{path}: expected {name} of the shapes of the weights, found others")
     return params, arrays
+
+
+def load_run(path):
+    """A run that train.py has saved -> what it needs to go on (params, m, v, step, seconds), and its settings."""
+    params, others = load_weights(path)
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        step, seconds, settings = int(others["step"]), float(others["seconds"]), others["settings"]
+        if 0 <= step <= settings["steps"] and 0 <= seconds < math.inf:
+            return {"params": params, "m": others["m"], "v": others["v"], "step": step, "seconds": seconds}, settings
+    raise ValueError(f"{path}: expected a run of train.py, found what is of use for --evaluate")
+
+
+def _layers(path, arrays, prefix):
+    """Take W1, b1, ... out of the arrays, each name after this prefix -> [(W, b), ...]."""
+    layers = []
+    while f"{prefix}W{len(layers) + 1}" in arrays:
+        names = [f"{prefix}{name}{len(layers) + 1}" for name in "Wb"]
+        W, b = (arrays.pop(name, np.empty(0)) for name in names)
+        fan_in = layers[-1][0].shape[1] if layers else len(W) if W.ndim else 0
+        if not (W.dtype == b.dtype == np.float32 and W.ndim == 2 and len(W) == fan_in and b.shape == W.shape[1:]):
+            expected = f"float32 {names[0]} [{fan_in}, width] and {names[1]} [width]"
+            found = f"{names[0]} {W.dtype} {W.shape}, {names[1]} {b.dtype} {b.shape}"
+            raise ValueError(f"{path}: expected {expected}, found {found}")
+        if not (np.isfinite(W).all() and np.isfinite(b).all()):
+            raise ValueError(f"{path}: expected finite {names[0]} and {names[1]}, found others")
+        layers.append((W, b))
+    return layers
 
 
 def _find(folder, name):

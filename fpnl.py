@@ -54,7 +54,8 @@ import numpy as np
 
 __all__ = ["TINY", "SCALE", "SIZES", "flush", "hardware_ftz", "add", "subtract", "multiply", "divide"]
 __all__ += ["init", "forward", "activations", "product", "cross_entropy", "loss", "accuracy"]
-__all__ += ["mutation_signs", "es_slopes", "es_gradient", "es_gradient_plain", "adamw"]
+__all__ += ["mutation_signs", "es_slopes", "es_gradient", "es_gradient_plain"]
+__all__ += ["gradient_from_slopes", "mapped", "adamw", "leaves"]
 
 float32 = np.float32
 TINY = float32(2.0**-126)  # smallest normal float32
@@ -71,6 +72,15 @@ def _float32(x, name="operand"):
     found = getattr(x, "dtype", type(x).__name__)
     _require(found == float32, name, "float32 (x.astype(np.float32) converts an array)", found, TypeError)
     return np.asarray(x)
+
+
+def _in_order(tree):
+    """Arrays, alone or in lists, tuples, dicts, as BLAS gets them everywhere: another layout takes another kernel."""
+    if isinstance(tree, dict):
+        return dict(zip(tree, _in_order([*tree.values()])))
+    if isinstance(tree, (list, tuple)):
+        return [*map(_in_order, tree)]
+    return np.require(tree, requirements=["C", "ALIGNED"]) if isinstance(tree, np.ndarray) else tree
 
 
 # --- The CPU's flags ------------------------------------------------------------------------------
@@ -324,7 +334,7 @@ def product(h, W, scale=SCALE):
     subnormals, which are slow on some CPUs: 200 times on one, not at all on an AMD EPYC (Zen 3).
     """
     _check_scale(scale)
-    return (_float32(h) * scale) @ _float32(W) / scale
+    return (_in_order(_float32(h)) * scale) @ _in_order(_float32(W)) / scale
 
 
 def _arithmetic(ftz):
@@ -334,13 +344,10 @@ def _arithmetic(ftz):
     return (add, multiply, divide) if ftz else (np.add, np.multiply, np.divide)
 
 
-@_ieee
-def activations(params, x, ftz=True, scale=SCALE, transfer=None):
-    """h1, h2, ... of every layer, [batch, width] each, at their true size: around 2^-126 without a transfer.
-
-    The last are the logits, still divided by S without a transfer. Arguments and errors: see `forward`.
-    """
+def _outputs(params, x, ftz, scale, transfer):
+    """Of every layer, [batch, width] each, at their true size: about 1/S without a transfer."""
     _check(params, x, ftz, scale, transfer)
+    params, x = _in_order(params), _in_order(x)
     if transfer is not None:
         hs = [x]
         for (W, b), t in zip(params, [transfer] * (len(params) - 1) + [np.positive]):
@@ -375,8 +382,18 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     TypeError : anything but float32. ValueError : shapes that do not fit, another `ftz` or `scale`, a
     transfer whose result has another shape. RuntimeError : "hardware" where `hardware_ftz` raises it.
     """
-    logits = activations(params, x, ftz, scale, transfer)[-1]
-    return _arithmetic(ftz)[1](logits, scale) if transfer is None else logits
+    o = _outputs(params, x, ftz, scale, transfer)[-1]
+    return _arithmetic(ftz)[1](o, scale) if transfer is None else o
+
+
+@_ieee
+def activations(params, x, ftz=True, scale=SCALE, transfer=None):
+    """h1, h2, ... of every layer, [batch, width] each, in units of 1/S; the last are the logits.
+
+    Arguments and errors: see `forward`.
+    """
+    hs = _outputs(params, x, ftz, scale, transfer)
+    return [h * scale for h in hs] if transfer is None else hs  # exact
 
 
 def _check_labels(logits, labels):
@@ -389,13 +406,14 @@ def _check_labels(logits, labels):
 
 
 @_ieee
-def cross_entropy(logits, labels):
+def cross_entropy(logits, labels, smoothing=0.0):
     """Cross-entropy of each example, in nats.
 
     Parameters
     ----------
     logits : [..., n, classes] float32; not changed.
     labels : [n] integers in [0, classes), n >= 1; the same for all leading axes.
+    smoothing : share of each label that is spread over all classes, 0 to 1 (Szegedy et al., arXiv 1512.00567).
 
     Returns
     -------
@@ -403,11 +421,14 @@ def cross_entropy(logits, labels):
 
     Raises
     ------
-    TypeError : logits are not float32, or labels not integers. ValueError : labels of another shape or range.
+    TypeError : logits are not float32, or labels not integers. ValueError : labels of another shape or range,
+    another smoothing.
     """
     _check_labels(logits, labels)
+    _require(0 <= smoothing <= 1, "smoothing", "a share from 0 to 1", smoothing)
     z = logits - logits.max(axis=-1, keepdims=True)
-    return np.log(np.exp(z).sum(axis=-1)) - z[..., np.arange(len(labels)), labels]
+    found = np.log(np.exp(z).sum(axis=-1)) - (1 - float32(smoothing)) * z[..., np.arange(len(labels)), labels]
+    return found - float32(smoothing) * z.mean(axis=-1) if smoothing else found
 
 
 @_ieee
@@ -483,7 +504,7 @@ def _acts(l, ftz=True, scale=SCALE, transfer=None):
     return l == 0 or not ftz or transfer is not None
 
 
-def _check_es(params, x, labels, sigma, block, losses, control_variate, **net):
+def _check_es(params, x, labels, sigma, block, losses, control_variate, weights=None, **net):
     _check(params, x, **net)
     n, classes, least = len(x), len(params[-1][1]), net.get("scale", SCALE) * TINY
     good = isinstance(sigma, numbers.Real) and TINY <= float32(sigma) < np.inf and isinstance(block, numbers.Integral)
@@ -494,17 +515,23 @@ def _check_es(params, x, labels, sigma, block, losses, control_variate, **net):
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
     found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
     _require(found == (1, n), "losses", f"[..., {n}] for logits [..., {n}, {classes}]", f"shape {found} for [1, ...]")
+    weights = np.full(n, 1 / n, float32) if weights is None else _float32(weights, "weights")
+    good = weights.shape == (n,) and np.all(weights >= 0) and np.all(weights < np.inf)
+    _require(good, "weights", f"{n} finite numbers >= 0", f"shape {weights.shape}, {weights.min(initial=0)} and more")
+    return weights
 
 
 @_ieee
-def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, **net):
+def es_gradient_plain(
+    params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, weights=None, **net
+):
     """`es_gradient` literally: example by example and member by member, each a network with mutated weights."""
-    _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
-    unit, last = net.get("scale", SCALE) if net.get("transfer") is None else 1, len(params) - 1
+    weights = _check_es(params, x, labels, sigma, block, losses, control_variate, weights, **net)
+    last = len(params) - 1
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]  # of [W; b]
     for i, signs in enumerate(mutation_signs(rng, params, len(x)).astype(float32)):
         example, label, above = x[i : i + 1], labels[i : i + 1], None
-        inputs = [example] + [h * unit for h in activations(params, example, **net)]
+        inputs = [example, *activations(params, example, **net)]
         for l, (W, b) in reversed([*enumerate(params)]):
             signs, e = np.split(signs, [-len(b)])
             a, s = np.append(inputs[l], float32(_acts(l, **net))), np.zeros_like(b)
@@ -516,11 +543,11 @@ def es_gradient_plain(params, x, labels, rng, sigma=0.02, block=4, losses=cross_
                     Wb[:, J] += np.outer(a / np.linalg.norm(a), sign * float32(sigma) * e[J])
                     member = [*params[:l], (Wb[:-1], Wb[-1]), *params[l + 1 :]]
                     L.append(losses(forward(member, example, **net), label)[0])
-                    h.append(activations(member, example, **net)[l][0, J] * unit)
+                    h.append(activations(member, example, **net)[l][0, J])
                 c = h[0] - h[1]
                 p = c * (params[l + 1][0][J] @ above) if control_variate and k > 1 else np.zeros_like(c)
                 s[J] = (p + (L[0] - L[1] - p.sum()) * (c != 0)) / (2 * e[J] * shift)
-            grads[l] += np.outer(a, s) / float32(len(x))
+            grads[l] += np.outer(a, s) * weights[i]
             above = s
     return [(grad[:-1], grad[-1]) for grad in grads]
 
@@ -547,30 +574,30 @@ def _member_losses(layers, l, k, change, base, labels, losses):
     change : [width, 2, n], of the outputs of the layer; a block is k rows, the last perhaps fewer.
     base : [next width, n], what it is added to: the sums of the next layer, or the logits.
     """
-    (width, _, n), above = change.shape, layers[l + 1 :]
-    classes, change, base = layers[-1][0].shape[1], change.reshape(width, 2 * n), np.tile(base, 2)
-    W = above[0][0] if above else np.eye(classes, dtype=float32)  # a change of the logits is what it is
-    few, many = (max(1, (1 << 18) // (rows * 2 * n)) for rows in (len(base), classes))  # blocks: memory stays bounded
-    edges = sorted({*range(0, width - width % k, few * k), width - width % k, width})  # the last may be a smaller block
-    found, groups, buffer = [], max(1, many // few), np.empty((few, *base.shape), float32)
-    for i in range(0, len(edges) - 1, groups):
-        logits = []
-        for start, stop in zip(edges[i : i + groups], edges[i + 1 :]):
-            weights, moved = (a[start:stop].reshape(-1, min(k, stop - start), a.shape[1]) for a in (W, change))
-            z = np.matmul(weights.swapaxes(1, 2), moved, out=buffer[: len(moved)])
-            z += base
-            for (_, _, t), (W2, b, _) in zip(above, above[1:]):
-                z = W2.T @ t(z) + b
-            logits.append(z.copy())
-        logits = above[-1][2](np.concatenate(logits)) if above else np.concatenate(logits)
-        found.append(losses(np.moveaxis(logits.reshape(-1, classes, 2, n), 1, -1), labels))
+    (width, _, n), classes = change.shape, layers[-1][0].shape[1]
+    (W, _, t), *above = layers[l + 1 :] or [(np.eye(classes, dtype=float32), 0, np.positive)]
+    change, W, base = _blocks(change.reshape(width, 2 * n), k), _blocks(W, k), np.tile(base, 2)
+    # So many blocks at once that what they need stays in the cache: a tenth of the time.
+    some, found = max(1, (1 << 19) // (max(len(base), classes) * 2 * n)), []
+    for i in range(0, len(change), some):
+        z = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
+        z += base
+        h = t(z)
+        for W2, b2, t2 in above:
+            h = t2(W2.T @ h + b2)
+        found.append(losses(np.moveaxis(h.reshape(-1, classes, 2, n), 1, -1), labels))
     return np.concatenate(found)
 
 
-@_ieee
-def _task_slopes(params, sigma, block, losses, control_variate, net, task):
-    """The outputs and slopes of some examples, in the symbols of the comment above; [width, n] unless it says more."""
-    x, labels, signs = task
+def _blocks(rows, k):
+    """[width, m] -> [blocks, k, m]; a last, smaller block is filled up with zeros."""
+    if missing := -len(rows) % k:
+        rows = np.concatenate([rows, np.zeros((missing, rows.shape[1]), rows.dtype)])
+    return rows.reshape(-1, k, rows.shape[1])
+
+
+def _slopes(params, x, labels, signs, sigma, block, losses, control_variate, net):
+    """What `es_slopes` returns, in the symbols of the comment above; [width, n] unless it says more."""
     layers, sums, a = _layers(params, **net), [], [x.T]  # a: the inputs of the layers, and the logits
     for W, b, t in layers:
         sums.append(W.T @ a[-1] + b)
@@ -585,10 +612,10 @@ def _task_slopes(params, sigma, block, losses, control_variate, net, task):
         r, c, p = L[:, 0] - L[:, 1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and k > 1:
             p = c * (params[l + 1][0] @ slopes[l + 1])
-            r -= np.add.reduceat(p, range(0, len(p), k), axis=0)
+            r -= _blocks(p, k).sum(axis=1)
         per_shift = np.divide(0.5, shift, out=np.zeros_like(shift), where=shift > 0)
         slopes[l] = (p + np.repeat(r, k, axis=0)[: len(c)] * (c != 0)) * (e * per_shift)
-    return a[1:-1], slopes
+    return a[1:], slopes
 
 
 @_ieee
@@ -606,22 +633,62 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
 
     Returns
     -------
-    outputs, slopes : lists of h [width, n] of each hidden layer and s [width, n] of each layer, float32, an
-        example a column. With the layer's input a, x.T or the h below, a s^T / n is the gradient of W.
+    outputs, slopes : lists of h [width, n] and s [width, n] of each layer, float32, an example a column; the last h
+        are the logits. With the layer's input a, x.T or the h below, a s^T / n is the gradient of W.
     """
     _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
     signs, shape = np.asarray(signs), (len(x), sum(len(b) for _, b in params))
     _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
-    return _task_slopes(params, sigma, block, losses, control_variate, net, (x, labels, signs))
+    how = {"sigma": sigma, "block": block, "losses": losses, "control_variate": control_variate, "net": net}
+    return mapped(_slopes, [{"params": params, "x": x, "labels": labels, "signs": signs} | how])[0]
 
 
-TASK = 128  # examples whose slopes are measured together
+def mapped(function, tasks, shared=None, workers=None, map_tasks=map):
+    """[function(**shared, **task) for task in tasks], by whatever maps: `es_gradient` describes `map_tasks`.
+
+    Each of the `workers` gets `shared` and a list of tasks (None: each task goes alone) and computes them under IEEE
+    arithmetic, with arrays that are aligned and C-contiguous, as they need not be where they arrive.
+    """
+    count = min(workers or len(tasks), len(tasks))
+    lists = [tasks[i * len(tasks) // count : (i + 1) * len(tasks) // count] for i in range(count)]
+    work = functools.partial(_work, function, shared or {})
+    return [result for _, results in map_tasks(work, lists) for result in results]
+
+
+@_ieee
+def _work(function, shared, tasks):
+    """What a worker does, and which it is."""
+    who, shared = f"{platform.node()} ({platform.machine()}, NumPy {np.__version__})", _in_order(shared)
+    return who, [function(**shared, **_in_order(task)) for task in tasks]
+
+
+def gradient_from_slopes(slopes, params, x, labels, signs, weights, task=32, workers=None, map_tasks=map):
+    """The gradient of sum_i w_i L_i from the slopes s of each L_i along the sums of the units: sum_i w_i a_i s_i^T.
+
+    Parameters
+    ----------
+    slopes : a function of the keywords params, x, labels and signs, the last three some of the rows of those given
+        here, which returns what `es_slopes` does.
+    weights : w, [n] float32.
+    Others as in `es_gradient`, which is this function of what ES measures.
+
+    Returns
+    -------
+    list of (dW, db), as if all biases acted, and the logits [n, classes].
+    """
+    rows = {"x": x, "labels": labels, "signs": signs}
+    parts = zip(*(np.array_split(array, -(-len(x) // task)) for array in rows.values()))
+    found = mapped(slopes, [dict(zip(rows, part)) for part in parts], {"params": params}, workers, map_tasks)
+    (*outputs, logits), slopes = ([np.concatenate(parts, axis=1) for parts in zip(*of)] for of in zip(*found))
+    slopes = [s * weights for s in slopes]
+    return [(a @ s.T, s.sum(axis=1)) for a, s in zip([_in_order(x).T, *outputs], slopes)], logits.T
 
 
 @_ieee
 def es_gradient(
-    params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, map_tasks=map, **net
-):
+    params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, weights=None,
+    task=32, workers=None, map_tasks=map, return_losses=False, **net,
+):  # fmt: skip
     """Evolution-strategies estimate of the gradient of the mean loss, ready for descent.
 
     From losses and activations of the network and its mutations alone; with the control variate, from the weights
@@ -639,9 +706,15 @@ def es_gradient(
     losses : the loss of each example: logits [..., n, classes] and labels -> [..., n], float32; it may
         overwrite the logits.
     control_variate : whether the chain rule's prediction is taken out of a block's difference, where k > 1.
-    map_tasks : calls a function with each of a list of tasks and returns the results in their order, like
+    weights : w, [n] float32, finite and >= 0: the gradient is that of sum_i w_i L_i. None: of the mean, w = 1 / n.
+    task : examples measured together, the cut being into tasks of equal size, at most so large; it decides the last
+        bits. A small network is faster with more than 32.
+    workers : None, and each task is mapped alone, or into how many lists of tasks the work is cut: each travels with
+        the weights once, so their number is best that of the processes or machines.
+    map_tasks : calls a function with each of a list of arguments and returns the results in their order, like
         the builtin `map`: also that of a pool of threads or processes, of mpi4py.futures or dask. The function
-        pickles if `losses` and `transfer` do; a task has TASK examples or, the last, fewer, whatever computes it.
+        pickles if `losses` and `transfer` do. The bits are the same whatever maps.
+    return_losses : also return the losses [n] of the examples in the network as it is, of the pass that is made anyway.
     **net : `ftz`, `scale`, `transfer`, as in `forward`; "hardware" gives the same bits as True, faster.
 
     Returns
@@ -655,12 +728,16 @@ def es_gradient(
     and, with the flush, later biases of S TINY (1/2) or more, which do not flush: training makes none.
     RuntimeError : "hardware" where `hardware_ftz` raises it.
     """
-    _check_es(params, x, labels, sigma, block, losses, control_variate, **net)
-    n, signs = len(x), mutation_signs(rng, params, len(x))
-    tasks = [tuple(rows[i : i + TASK] for rows in (x, labels, signs)) for i in range(0, n, TASK)]
-    slopes_of = functools.partial(_task_slopes, params, sigma, block, losses, control_variate, net)
-    outputs, slopes = ([np.concatenate(p, axis=1) for p in zip(*of)] for of in zip(*map_tasks(slopes_of, tasks)))
-    return [(a @ (s.T / n), s.mean(axis=1) * _acts(l, **net)) for l, (a, s) in enumerate(zip([x.T, *outputs], slopes))]
+    weights = _check_es(params, x, labels, sigma, block, losses, control_variate, weights, **net)
+    for name, value in (("task", task), ("workers", 1 if workers is None else workers)):
+        _require(isinstance(value, numbers.Integral) and value >= 1, name, "an integer >= 1", value)
+    how = {"sigma": sigma, "block": block, "losses": losses, "control_variate": control_variate, "net": net}
+    measure, signs = functools.partial(_slopes, **how), mutation_signs(rng, params, len(x))
+    grads, logits = gradient_from_slopes(
+        measure, params, x, np.asarray(labels), signs, weights, task, workers, map_tasks
+    )
+    grads = [(dW, db * _acts(l, **net)) for l, (dW, db) in enumerate(grads)]
+    return (grads, losses(logits[None], labels)[0]) if return_losses else grads
 
 
 @_ieee
@@ -683,16 +760,21 @@ def adamw(p, g, m, v, step, lr, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e
     rates = lr, weight_decay, beta1, beta2, eps
     good = all(0 <= float32(rate) < np.inf for rate in rates) and max(beta1, beta2) < 1 and float32(eps) > 0
     _require(good, "lr, weight_decay, beta1, beta2, eps", "finite numbers from 0 on, beta < 1, eps > 0", rates)
-    leaves = [_leaves(tree) for tree in (p, g, m, v)]
-    shapes = [[_float32(a, name).shape for a in arrays] for name, arrays in zip("pgmv", leaves)]
-    written = all(a.flags.writeable for a in leaves[0] + leaves[2] + leaves[3])
+    trees = [leaves(tree) for tree in (p, g, m, v)]
+    shapes = [[_float32(a, name).shape for a in arrays] for name, arrays in zip("pgmv", trees)]
+    written = all(a.flags.writeable for a in trees[0] + trees[2] + trees[3])
     _require(written and shapes == 4 * shapes[:1], "p, g, m, v", "writable arrays of the same shapes", shapes)
-    for p, g, m, v in zip(*leaves):
-        m += float32(1 - beta1) * (g - m)
-        v += float32(1 - beta2) * (g * g - v)
-        denominator = np.sqrt(v / float32(1 - beta2**step)) + float32(eps)
-        p -= float32(lr) * (m / float32(1 - beta1**step) / denominator + float32(weight_decay) * p)
+    how = {"flags": ["external_loop", "buffered", "zerosize_ok"], "buffersize": 1 << 14}  # stays in the cache
+    for arrays in zip(*trees):
+        with np.nditer(arrays, op_flags=[["readwrite"], ["readonly"], ["readwrite"], ["readwrite"]], **how) as chunks:
+            for p, g, m, v in chunks:
+                m += float32(1 - beta1) * (g - m)
+                v += float32(1 - beta2) * (g * g - v)
+                t = np.sqrt(v * float32(1 / (1 - beta2**step))) + float32(eps)
+                p *= float32(1 - lr * weight_decay)
+                p -= float32(lr / (1 - beta1**step)) * (m / t)
 
 
-def _leaves(tree):
-    return [leaf for branch in tree for leaf in _leaves(branch)] if isinstance(tree, (list, tuple)) else [tree]
+def leaves(tree):
+    """The arrays of lists and tuples, nested in any way, in their order."""
+    return [leaf for branch in tree for leaf in leaves(branch)] if isinstance(tree, (list, tuple)) else [tree]

@@ -8,7 +8,6 @@ import builtins
 import concurrent.futures
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import functools
 import gzip
@@ -28,6 +27,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -719,8 +719,9 @@ def test_forward_is_the_formula_of_the_post():
     h2 = add((h1 * S) @ W2 / S, div(b2, S))
     o = mul(add((h2 * S) @ W3 / S, div(b3, S)), S)
     assert_same_bits(fpnl.forward(params, x), o)
-    for h in fpnl.activations(params, x):  # nothing is subnormal, and much is flushed
-        assert np.all((h == 0) | (np.abs(h) >= fpnl.TINY)) and 0.1 < np.mean(h == 0) < 0.9
+    for found, h in zip(fpnl.activations(params, x), (h1, h2, o / S), strict=True):
+        assert_same_bits(found, h * S)
+        assert np.all((h == 0) | (np.abs(h) >= fpnl.TINY)) and 0.1 < np.mean(h == 0) < 0.9  # nothing is subnormal
 
 
 def test_forward_is_linear_without_the_flush_only():
@@ -746,7 +747,7 @@ def test_forward_on_the_cpus_own_flags_has_the_same_bits(seed, mnist, trained):
 def test_product_is_the_literal_product_of_subnormals():
     """Up to the rounding of every partial sum to a multiple of 2^-149, half of one each."""
     params, x, _ = example((40, 30, 20), n=25)
-    h = fpnl.activations(params, x)[0]
+    h = fpnl.activations(params, x)[0] / fpnl.SCALE
     W = params[1][0] / np.float32(8)  # sums around 2^-126, many of them subnormal
     literal, rescaled = h @ W, fpnl.product(h, W)
     subnormal = (np.abs(rescaled) < fpnl.TINY) & (rescaled != 0)
@@ -818,6 +819,20 @@ def test_loss_and_accuracy():
     assert_same_bits(logits, before)
 
 
+def test_smoothed_labels():
+    """Cross-entropy against labels of which a share is spread over all classes."""
+    logits, labels = RNG(0).normal(0, 3, (2, 7, 5)).astype(np.float32), RNG(1).integers(0, 5, 7)
+    log_p = logits - np.log(np.exp(logits.astype(float)).sum(axis=-1, keepdims=True))
+    for share in (0, 0.25, 1):
+        targets = (1 - share) * np.eye(5)[labels] + share / 5
+        found = fpnl.cross_entropy(logits, labels, smoothing=share)
+        np.testing.assert_allclose(found, -(targets * log_p).sum(axis=-1), rtol=1e-5)
+        assert found.dtype == np.float32
+    for share in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="smoothing: expected a share from 0 to 1, found"):
+            fpnl.cross_entropy(logits, labels, smoothing=share)
+
+
 @pytest.mark.parametrize("function", [fpnl.cross_entropy, fpnl.loss, fpnl.accuracy], ids=lambda f: f.__name__)
 def test_labels_are_integers_a_row_and_in_range(function):
     """(n, 1) does not broadcast silently to a wrong number, floats do not end in an IndexError."""
@@ -867,18 +882,17 @@ def assert_close_params(found, expected):
 @pytest.mark.parametrize("sizes", [(6, 4), (12, 9, 5), (12, 10, 9, 5), (6, 8, 7, 9, 4)])
 @pytest.mark.parametrize("block", [1, 3, 64, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 4))])
 @pytest.mark.parametrize("control_variate", [False, True])
-def test_fast_members_are_literally_mutated_networks(sizes, block, control_variate, network, monkeypatch):
-    """`es_gradient` against `es_gradient_plain`: a batch of 1, and of 7 in tasks of 3 and in one."""
+def test_fast_members_are_literally_mutated_networks(sizes, block, control_variate, network):
+    """`es_gradient` against `es_gradient_plain`: a batch of 1, and of 7 in tasks of 3 or in one, with weights."""
     params, x, labels = example(sizes, n=7, seed=len(sizes))
     x *= network.get("scale", fpnl.SCALE) / fpnl.SCALE  # with the dead zone
     for n, sigma in ((1, 0.2), (7, 0.05)):
         arguments = {"sigma": sigma, "block": block, "control_variate": control_variate, **network}
-        plain = fpnl.es_gradient_plain(params, x[:n], labels[:n], RNG(5), **arguments)
-        for task in (3, 128):
-            monkeypatch.setattr(fpnl, "TASK", task)
-            fast = fpnl.es_gradient(params, x[:n], labels[:n], RNG(5), **arguments)
+        for task, weights in ((3, None), (128, np.linspace(0, 0.5, n, dtype=np.float32)[::-1])):
+            plain = fpnl.es_gradient_plain(params, x[:n], labels[:n], RNG(5), weights=weights, **arguments)
+            fast = fpnl.es_gradient(params, x[:n], labels[:n], RNG(5), weights=weights, task=task, **arguments)
             assert_close_params(fast, plain)
-            assert all(dW.any() for dW, _ in fast)
+            assert all(dW.any() for dW, _ in fast) == (n > 1 or weights is None)
 
 
 @pytest.mark.slow
@@ -1087,7 +1101,7 @@ def backwards(function, tasks):
 
 def test_whatever_maps_the_bits_are_the_same():
     """More than two tasks, by every kind of map; the generator advances here, not where a task goes."""
-    params, x, labels = example(n=2 * fpnl.TASK + 3)
+    params, x, labels = example(n=67)
     gradient = functools.partial(fpnl.es_gradient, params, x, labels, block=3, control_variate=True)
     rng = RNG(0)
     expected = gradient(rng), gradient(rng)
@@ -1096,10 +1110,112 @@ def test_whatever_maps_the_bits_are_the_same():
         concurrent.futures.ProcessPoolExecutor(2) as processes,
         multiprocessing.get_context("spawn").Pool(2) as pool,
     ):
-        for its_map in (threads.map, processes.map, pool.map, pool.imap, backwards):
+        for its_map, workers in itertools.product((threads.map, processes.map, pool.map, pool.imap), (None, 2, 5)):
             rng = RNG(0)
             for grads in expected:
-                assert_same_params(gradient(rng, map_tasks=its_map), grads)
+                assert_same_params(gradient(rng, map_tasks=its_map, workers=workers), grads)
+    assert_same_params(gradient(RNG(0), map_tasks=backwards), expected[0])
+
+
+def test_work_is_cut_into_equal_tasks_and_a_list_for_each_worker():
+    """The weights of the network travel once a list, no example twice, and whoever gets a list needs fpnl alone."""
+    params, x, labels = example((12, 40, 9, 5), n=70)
+    lists = []
+
+    def its_map(function, these):
+        lists.append(pickle.loads(pickle.dumps(these)))
+        assert pickle.loads(pickle.dumps(function)).func.__module__ == "fpnl"
+        return map(function, these)
+
+    for workers, expected in ((None, [1, 1, 1, 1, 1]), (1, [5]), (2, [2, 3]), (9, [1, 1, 1, 1, 1])):
+        fpnl.es_gradient(params, x, labels, RNG(0), task=16, workers=workers, map_tasks=its_map)
+        found = lists.pop()
+        assert [len(tasks) for tasks in found] == expected
+        tasks = list(itertools.chain(*found))
+        assert [len(task["x"]) for task in tasks] == [14] * 5
+        np.testing.assert_array_equal(np.concatenate([task["x"] for task in tasks]), x)
+        assert len(pickle.dumps(found)) < x.nbytes + 70 * 100 and not any("params" in task for task in tasks)
+
+
+def test_an_error_of_a_worker_is_raised():
+    def its_map(function, lists):
+        raise ZeroDivisionError("of a worker")
+
+    with pytest.raises(ZeroDivisionError, match="of a worker"):
+        fpnl.es_gradient(*example(), RNG(0), map_tasks=its_map)
+
+
+def elsewhere(tree, offset, order="C"):
+    """The same arrays in another order, at an address that is so many bytes past a multiple of 64."""
+    if not isinstance(tree, np.ndarray):
+        return [elsewhere(a, offset, order) for a in tree]
+    raw = np.zeros(tree.nbytes + 128, np.uint8)
+    raw = raw[-raw.ctypes.data % 64 + offset :][: tree.nbytes]
+    raw[:] = np.frombuffer(tree.tobytes(order), np.uint8)
+    return np.ndarray(tree.shape, tree.dtype, raw, order=order)
+
+
+@pytest.mark.parametrize(("offset", "order"), [(1, "C"), (4, "C"), (33, "C"), (0, "F"), (2, "F")])
+@pytest.mark.parametrize("sizes", [(784, 512, 512, 10), (37, 33, 17, 5)])
+def test_bits_depend_on_values_and_not_on_where_they_are(sizes, offset, order):
+    """As a network's messages bring them: BLAS takes other kernels for arrays that NumPy has to copy."""
+    params, x, labels = example(sizes, n=3)
+    signs, h = fpnl.mutation_signs(RNG(1), params, 3), fpnl.activations(params, x)[0] / fpnl.SCALE
+
+    def found(params, x, signs, h):
+        grads = fpnl.es_gradient(params, x, labels, RNG(1), control_variate=True, weights=x[:, 0])
+        results = [*fpnl.es_slopes(params, x, labels, signs), fpnl.product(h, params[1][0]), fpnl.forward(params, x)]
+        if sizes[0] < 100:
+            results += [fpnl.es_gradient_plain(params, x, labels, RNG(1)), fpnl.activations(params, x)]
+        return fpnl.leaves([grads, *results])
+
+    moved = (elsewhere(a, offset, order) for a in (params, x, signs, h))
+    for a, b in zip(found(*moved), found(params, x, signs, h), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_the_losses_come_from_the_pass_that_is_made_anyway():
+    params, x, labels = example((12, 10, 9, 5), n=9)
+    for losses, network in ((fpnl.cross_entropy, {}), (margin, {"transfer": np.tanh})):
+        how = {"losses": losses, "task": 4, **network}
+        grads, found = fpnl.es_gradient(params, x, labels, RNG(0), return_losses=True, **how)
+        assert found.dtype == np.float32 and found.shape == (9,)
+        np.testing.assert_allclose(found, losses(fpnl.forward(params, x, **network), labels), rtol=1e-5, atol=1e-6)
+        assert_same_params(grads, fpnl.es_gradient(params, x, labels, RNG(0), **how))
+
+
+def test_weights_are_of_the_examples():
+    """The gradient of sum_i w_i L_i: linear in w, and w = 1 / n if none are given."""
+    params, x, labels = example((12, 10, 9, 5), n=5)
+    whole = fpnl.es_gradient(params, x, labels, RNG(0))
+    assert_same_params(fpnl.es_gradient(params, x, labels, RNG(0), weights=np.full(5, 0.2, np.float32)), whole)
+    units = [fpnl.es_gradient(params, x, labels, RNG(0), weights=w) for w in np.eye(5, dtype=np.float32)]
+    expected = [[sum(parts) / 5 for parts in zip(*layers)] for layers in zip(*units)]
+    for found, other in zip(fpnl.leaves(whole), fpnl.leaves(expected)):
+        np.testing.assert_allclose(found, other, atol=1e-6)
+
+
+def test_gradient_from_slopes_is_the_chain_rule_of_what_is_measured():
+    """Of a function that knows the derivative of a linear network, cut and mapped like ES; all biases act."""
+    params, x, labels = example((12, 10, 5), n=7)
+    (W1, b1), (W2, b2) = params
+
+    def slopes(params, x, labels, signs):
+        h = (x @ W1 + b1).T
+        o = W2.T @ h + b2[:, None]
+        return [h, o], [W2 @ o, o]  # of |o|^2 / 2
+
+    signs, weights = np.zeros((7, 0)), RNG(0).random(7, np.float32)
+    lists = []
+    how = {"task": 3, "workers": 2, "map_tasks": lambda f, these: lists.extend(these) or map(f, these)}
+    grads, logits = fpnl.gradient_from_slopes(slopes, params, x, labels, signs, weights, **how)
+    h = x @ W1 + b1
+    np.testing.assert_allclose(logits, h @ W2 + b2, atol=1e-5)
+    delta = logits * weights[:, None]
+    expected = [(x.T @ (delta @ W2.T), (delta @ W2.T).sum(axis=0)), (h.T @ delta, delta.sum(axis=0))]
+    for a, b in zip(fpnl.leaves(grads), fpnl.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert [len(task["labels"]) for tasks in lists for task in tasks] == [3, 2, 2] and len(lists) == 2
 
 
 def squared(outputs, targets):
@@ -1193,6 +1309,12 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
         (TypeError, "result of losses: expected float32", {"losses": lambda o, y: calls.append(1) or o.sum(-1, float)}),
         (ValueError, "losses: expected .* for logits", {"losses": lambda o, y: o}),
         (TypeError, "jitter", {"jitter": 0.1}),
+        (TypeError, "weights: expected float32 .*, found float64", {"weights": np.ones(6)}),
+        (ValueError, r"weights: expected 6 finite numbers >= 0, found shape \(5,\)", {"weights": np.ones(5, "f")}),
+        *(
+            (ValueError, "weights: expected 6 finite numbers >= 0", {"weights": np.array([1, 1, 1, w, 1, 1], "f")})
+            for w in (-1e-9, np.inf, np.nan)
+        ),
         (ValueError, "do not fit", {"params": [(params[0][0][:, :0], params[0][1][:0])]}),
         *((ValueError, "control_variate: expected True or False", {"control_variate": v}) for v in ("off", 2, None)),
     ]
@@ -1202,12 +1324,17 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
         for function in (fpnl.es_gradient, fpnl.es_gradient_plain):
             with pytest.raises(kind, match=says):
                 function(**arguments)
-        if "rng" not in change:
+        if not change.keys() & {"rng", "weights"}:
             assert rng.bit_generator.state == RNG(0).bit_generator.state
             signs = fpnl.mutation_signs(RNG(0), params, len(x))
             with pytest.raises(kind, match=says):
                 fpnl.es_slopes(**{name: value for name, value in arguments.items() if name != "rng"}, signs=signs)
     assert len(calls) == 3  # one look at what it returns
+    for change in ({"task": 0}, {"task": 1.5}, {"workers": 0}, {"workers": "2"}):
+        rng = RNG(0)
+        with pytest.raises(ValueError, match=f"{[*change][0]}: expected an integer >= 1, found"):
+            fpnl.es_gradient(params, x, labels, rng, **change)
+        assert rng.bit_generator.state == RNG(0).bit_generator.state
     with pytest.raises(ValueError, match=r"signs: expected shape \(6, 24\)"):
         fpnl.es_slopes(params, x, labels, fpnl.mutation_signs(RNG(0), params, 5))
     with pytest.raises(ValueError, match=r"signs: expected shape \(6, 24\) of -1 and \+1"):
@@ -1227,6 +1354,30 @@ def test_adamw_is_the_published_algorithm():
         p_ = p_ - lr * 0.3 * p_ - lr * (m_ / (1 - 0.9**step)) / (np.sqrt(v_ / (1 - 0.999**step)) + 1e-8)
     np.testing.assert_allclose(p, p_, rtol=1e-4, atol=1e-6)
     assert p.dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (300, 200), (0, 4), ()])
+def test_adamw_is_in_place_whatever_the_layout(shape):
+    """In chunks, which a large array has several of; transposed, strided and misaligned as in C order."""
+    rng = RNG(1)
+    state = [np.asarray(rng.random(shape, np.float32)) for _ in range(4)]
+    expected = [a.copy() for a in state]
+    fpnl.adamw(*expected, step=3, lr=0.1, weight_decay=0.2)
+    assert not state[0].size or not np.array_equal(state[0], expected[0])
+
+    def strided(a):
+        whole = np.zeros((*shape[:-1], 3 * shape[-1]) if shape else 3, np.float32)
+        view = whole[..., ::3] if shape else whole[1:2].reshape(())
+        view[...] = a
+        return view
+
+    layouts = np.array, functools.partial(np.array, order="F"), strided, functools.partial(elsewhere, offset=1)
+    for place, layout in itertools.product((slice(4), slice(1), slice(1, 2), slice(2, 4)), layouts):
+        moved = [a.copy() for a in state]
+        moved[place] = map(layout, moved[place])
+        fpnl.adamw(*moved, step=3, lr=0.1, weight_decay=0.2)
+        for found, one in zip(moved, expected):
+            assert_same_bits(np.array(found), np.array(one))
 
 
 def test_adamw_takes_what_es_gradient_returns():
@@ -1278,7 +1429,7 @@ def material():
     """Arguments, made once: a CPU that flushes would make others."""
     params, x, labels = example((12, 10, 9, 5), n=5)
     small = np.concatenate([grid()[0][:200], x.ravel() * TINY])
-    h = fpnl.activations(params, x)[0] / np.float32(16)
+    h = fpnl.activations(params, x)[0] / np.float32(16) / fpnl.SCALE
     state = [np.full(3, 2.0**e, np.float32) for e in (-120, -63, -130, -140)]
     return params, x, labels, small, h, (x[:, :5] * TINY).copy(), x * TINY, state
 
@@ -1455,18 +1606,18 @@ def test_load_names_the_file_what_was_expected_and_what_was_found(tmp_path, name
 
 
 @pytest.mark.parametrize("classes", [2, 26, 47, 62])
-def test_the_number_of_classes_comes_from_the_labels(tmp_path, classes):
+def test_the_number_of_classes_comes_from_the_labels(tmp_path, call, classes):
     """As of EMNIST; the command takes it over, and what it saves has it."""
     folder = tmp_path / "set"
     write_set(folder, train=300, test=100)
     for part, n in (("train", 300), ("t10k", 100)):
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n) % classes))
-    done = run("--data", folder, *"--hidden 8 --batch 50 --epochs 1 --workers 1 --save".split(), tmp_path / "w.npz")
-    assert f"20-8-{classes} network" in done.stdout
+    options = "--hidden 8 --batch 50 --epochs 1 --workers 1 --save".split()
+    assert f"20-8-{classes} network" in call("--data", folder, *options, tmp_path / "w.npz")[1]
     weights = saved(tmp_path / "w.npz")
-    assert weights["W2"].shape == (8, classes) and json.loads(str(weights["settings"]))["classes"] == classes
-    table = run("--data", folder, "--evaluate", tmp_path / "w.npz").stdout.splitlines()
-    assert len(table) == classes + 2 and sum(int(cell) for row in table[1:-1] for cell in row.split()[1:-1]) == 100
+    assert weights["W2"].shape == (8, classes) and json.loads(str(weights["settings"]))["sizes"] == [20, 8, classes]
+    table = call("--data", folder, "--evaluate", tmp_path / "w.npz")[1].splitlines()
+    assert len(table) == classes + 2 and sum(int(cell) for row in table[1:-1] for cell in row.split("\t")[1:-1]) == 100
 
 
 def test_a_missing_file_or_folder(tmp_path):
@@ -1489,21 +1640,39 @@ def test_a_missing_file_or_folder(tmp_path):
 # --- The command ------------------------------------------------------------------------------------
 
 
-def run(*arguments, check=True):
-    command = [sys.executable, "train.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+TRAIN = [sys.executable, "-u", "train.py"]
+
+
+def run(*arguments, check=True, program=TRAIN, **how):
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | how
+    done = subprocess.run([*map(str, [*program, *arguments])], **how)
     assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
     return done
 
 
-def run_program(folder, code, *arguments, check=True):
+def run_program(folder, code, *arguments, program=(sys.executable,), **how):
     """A program of one's own, mine.py, that imports what the project has."""
     (folder / "mine.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *map(str, [folder / "mine.py", *arguments])]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done
+    return run(*arguments, program=[*program, folder / "mine.py"], cwd=folder, env=environment, **how)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command in this process, which is quicker -> exit status, standard output, errors."""
+    import train
+
+    def called(*arguments):
+        status = 0
+        try:
+            train.main([*map(str, arguments)])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return called
 
 
 def saved(path):
@@ -1528,20 +1697,8 @@ def write_slice(mnist, folder, train, test):
 @pytest.mark.slow
 def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     """Against softmax regression on the same images, stopped where its test accuracy is best."""
-    done = run(
-        "--data",
-        slice_of_mnist,
-        "--epochs",
-        20,
-        "--batch",
-        256,
-        "--block",
-        8,
-        "--reports",
-        1,
-        "--save",
-        tmp_path / "w.npz",
-    )
+    options = "--epochs 20 --batch 256 --block 8 --reports 1 --save".split()
+    done = run("--data", slice_of_mnist, *options, tmp_path / "w.npz")
     train, test = result(done)
     train_x, train_y, test_x, test_y = data.load(slice_of_mnist)
     x, held = data.pixels(train_x), data.pixels(test_x)
@@ -1570,102 +1727,122 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
-SHORT = "--epochs 0.15 --batch 300 --seed 3 --importance 0.5 --dropout 0.1 --workers 1".split()
-SHORT += "--flush emulated --reports 1".split()  # five tasks, the last smaller
+# mpi4py and distributed, started as the README says. On one machine: three MPI processes, two dask workers.
+MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+MPI = [MPIEXEC, *"-n 3 -genv MPIR_CVAR_NOLOCAL 1".split(), sys.executable]
+MPI += "-u -m mpi4py.futures train.py --engine mpi".split()
+DASK = [*TRAIN, *"--engine dask --workers 2".split()]
+missing = "pip install {}, for this test".format
+needs_mpi = pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason=missing("mpi4py mpich"))
+needs_dask = pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason=missing("distributed"))
+ENGINES = [
+    pytest.param(MPI, marks=[needs_mpi, pytest.mark.slow]),
+    pytest.param(DASK, marks=[needs_dask, pytest.mark.slow]),
+]
+
+SHORT = "--epochs 0.15 --batch 300 --seed 3 --importance 0.5 --flush emulated --reports 1".split()
+ODD = [*SHORT, *"--hidden 33 17 11 --batch 301 --smoothing 0.1 --control-variate --importance 0".split()]
+DROPOUT = [*SHORT, *"--hidden 65 33 --batch 301 --dropout 0.1".split()]
+all_runs = pytest.mark.parametrize("settings", [SHORT, ODD, DROPOUT], ids=["512-512", "33-17-11", "dropout"])
 
 
 def assert_same_weights(path, expected):
     weights = saved(path)
-    assert weights.keys() == expected.keys()
-    for key in ("W1", "b1", "W2", "b2", "W3", "b3", "moments"):
+    assert weights.keys() == expected.keys() and len(weights) > 20
+    for key in weights.keys() - {"settings", "step", "seconds"}:
         assert_same_bits(weights[key], expected[key])
 
 
-@pytest.fixture(scope="session")
-def short_run(slice_of_mnist, tmp_path_factory):
-    path = tmp_path_factory.mktemp("short") / "w.npz"
-    run("--data", slice_of_mnist, *SHORT, "--save", path)
-    return saved(path)
+@functools.cache
+def reference(folder, options):
+    """The weights after these options, by one worker."""
+    with tempfile.TemporaryDirectory() as place:
+        run("--data", folder, "--workers", 1, *options, "--save", f"{place}/w.npz")
+        return saved(f"{place}/w.npz")
 
 
 @pytest.fixture(scope="session")
-def one_step(slice_of_mnist, tmp_path_factory):
-    path = tmp_path_factory.mktemp("one") / "w.npz"
-    run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, "--save", path)
-    return saved(path)
+def short_run(slice_of_mnist):
+    return reference(slice_of_mnist, tuple(SHORT))
 
 
+@pytest.fixture(scope="session")
+def one_step(slice_of_mnist):
+    return reference(slice_of_mnist, (*SHORT, "--epochs", 0.03))
+
+
+@all_runs
 @pytest.mark.parametrize(
-    "options",
+    ("program", "options"),
     [
-        ["--workers", 2],
-        *(pytest.param(["--workers", n], marks=pytest.mark.slow) for n in (3, 7, 16)),
-        pytest.param(["--engine", "threads", "--workers", 3], marks=pytest.mark.slow),
-        pytest.param(["--flush", "hardware"], marks=needs_hardware),
-        pytest.param(["--flush", "hardware", "--workers", 3], marks=[needs_hardware, pytest.mark.slow]),
+        (TRAIN, "--workers 2"),
+        *(pytest.param(TRAIN, f"--workers {n}", marks=pytest.mark.slow) for n in (3, 7)),
+        pytest.param(TRAIN, "--workers 1 --flush hardware", marks=needs_hardware),
+        *(pytest.param(*engine.values, "", marks=engine.marks) for engine in ENGINES),
     ],
 )
-def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, short_run, tmp_path, options):
-    run("--data", slice_of_mnist, *SHORT, *options, "--save", tmp_path / "w.npz")
-    assert_same_weights(tmp_path / "w.npz", short_run)
+def test_same_seed_same_weights_whoever_computes_them(slice_of_mnist, tmp_path, settings, program, options):
+    """At the size of the main job and at odd ones, whose tasks, pieces, masks and blocks do not come out even."""
+    run("--data", slice_of_mnist, *settings, *options.split(), "--save", tmp_path / "w.npz", program=program)
+    assert_same_weights(tmp_path / "w.npz", reference(slice_of_mnist, tuple(settings)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_same_seed_same_weights_however_processes_start(slice_of_mnist, short_run, tmp_path, method):
-    """In a program of one's own, which has imported NumPy before."""
-    options = [str(part) for part in ("--data", slice_of_mnist, *SHORT, "--workers", 2, "--save", tmp_path / "w.npz")]
-    lines = ["import multiprocessing, numpy, train", "if __name__ == '__main__':"]
-    lines += [f" multiprocessing.set_start_method({method!r})", f" train.main({options!r})"]
-    for imports in (lines[0], lines[0].replace("numpy, train", "train, numpy")):
-        run_program(tmp_path, "\n".join([imports, *lines[1:]]))
-        assert_same_weights(tmp_path / "w.npz", short_run)
+@all_runs
+def test_same_seed_same_weights_after_kill_9(slice_of_mnist, tmp_path, settings):
+    path = tmp_path / "w.npz"
+    child = start("--data", slice_of_mnist, *settings, "--reports", 5, "--save", path)
+    for _ in range(4):
+        child.stdout.readline()
+    child.kill()
+    child.communicate()
+    assert 0 < int(saved(path)["step"]) < 5
+    run("--data", slice_of_mnist, "--resume", path, "--save", path)
+    assert_same_weights(path, reference(slice_of_mnist, tuple(settings)))
 
 
 @pytest.mark.slow
 def test_two_trainings_in_two_threads_do_not_meet(slice_of_mnist, short_run, tmp_path):
-    """The same settings, and others, at the same time."""
-    runs = [(3, "a", "processes", 2), (4, "b", "threads", 2), (3, "c", "processes", 1)]
+    """The same settings, and others, at the same time; the last gives BLAS its threads back."""
     common = ["--data", str(slice_of_mnist), *SHORT, "--quiet"]
-    run_program(
-        tmp_path,
-        f"""
-import concurrent.futures, train
+    code = f"""
+import concurrent.futures, numpy, train
 
-def trained(seed, name, engine, workers):
-    options = ["--seed", seed, "--save", {str(tmp_path)!r} + "/" + name, "--engine", engine, "--workers", workers]
-    train.train(train.parse_args({common!r} + [str(option) for option in options]))
+def trained(seed, name, workers):
+    args = train.parse_args({common!r} + ["--seed", seed, "--save", name, "--workers", workers])
+    train.train(args, train.begin(args))
 
-if __name__ == "__main__":
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(trained, *zip(*{runs!r})))
-""",
-    )
-    run(*common, "--seed", 4, "--save", tmp_path / "alone")
-    for name, expected in (("a", short_run), ("b", saved(tmp_path / "alone")), ("c", short_run)):
+get, limit = train.blas()
+limit(3)
+with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(trained, "343", "abc", "221"))
+print(get())
+"""
+    assert run_program(tmp_path, code).stdout.splitlines()[-1] == "3"
+    other = reference(slice_of_mnist, (*SHORT, "--seed", 4))
+    for name, expected in (("a", short_run), ("b", other), ("c", short_run)):
         assert_same_weights(tmp_path / name, expected)
 
 
-def test_a_worker_that_raises_leaves_nobody_waiting(slice_of_mnist, tmp_path):
-    """Its error is the one that is told, not those of the workers that would have waited for it."""
+def test_the_error_of_a_worker_is_told(slice_of_mnist, tmp_path):
     code = """
-import sys, train
+import functools, sys, fpnl, train
 
-def method(settings, net, params, x, labels, signs):
-    if len(x) < train.TASK:
-        raise ValueError("of the worker that has the last task")
-    return train.es(settings, net, params, x, labels, signs)
+def losses(logits, labels):
+    if logits.ndim == 4:
+        raise ValueError("of a worker")
+    return fpnl.cross_entropy(logits, labels)
 
-if __name__ == "__main__":
-    try:
-        train.train(train.parse_args(sys.argv[1:]), method)
-    except ValueError as error:
-        sys.exit(str(error))
+def method(s, net):
+    return functools.partial(fpnl.es_gradient, losses=losses, **net)
+
+try:
+    args = train.parse_args(sys.argv[1:])
+    train.train(args, train.begin(args, method))
+except ValueError as error:
+    sys.exit(str(error))
 """
-    for engine in ("threads", "processes"):
-        options = ["--data", slice_of_mnist, *SHORT, "--workers", "3", "--engine", engine]
-        done = run_program(tmp_path, code, *options, check=False)
-        assert (done.returncode, done.stderr) == (1, "of the worker that has the last task\n")
+    done = run_program(tmp_path, code, "--data", slice_of_mnist, *SHORT, "--workers", "3", check=False)
+    assert (done.returncode, done.stderr) == (1, "of a worker\n")
 
 
 @pytest.mark.parametrize(
@@ -1682,77 +1859,96 @@ if __name__ == "__main__":
         ),
     ],
 )
-def test_options_reach_the_run(slice_of_mnist, one_step, tmp_path, options):
-    run("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, *options, "--save", tmp_path / "w.npz")
+def test_options_reach_the_run(slice_of_mnist, one_step, tmp_path, call, options):
+    assert call("--data", slice_of_mnist, *SHORT, "--epochs", 0.03, *options, "--save", tmp_path / "w.npz")[0] == 0
     assert not np.array_equal(saved(tmp_path / "w.npz")["W1"], one_step["W1"])
 
 
 @pytest.fixture
 def tiny_run(slice_of_mnist):
-    """A run that has not begun, of a network whose probabilities are large and small."""
+    """A run that has not begun, of a network whose probabilities are large and small; its weights stay as they are."""
     import train
 
-    options = f"--data {slice_of_mnist} --hidden 24 16 --batch 200 --importance 0.3"
-    run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
-    run.weights *= np.float32(2)
+    options = f"--data {slice_of_mnist} --hidden 24 16 --batch 200 --importance 0.3 --epochs 3"
+    run = train.begin(train.parse_args(options.split()))
+    for W, _ in run.params:
+        W *= np.float32(2)
+    run.update = lambda *_: None
     return run
 
 
 def test_an_image_is_measured_with_a_probability_and_counts_the_more(tiny_run):
-    """min(1, max(.05, N (1 - p))), here in float64; the slopes are divided by it, and none is measured more often."""
+    """min(1, max(.05, N (1 - p))), here in float64; its weight is 1 / (q batch), and none is measured twice."""
     import train
 
-    images = np.arange(200)
-    x, labels = data.pixels(tiny_run.sets[0][images]), tiny_run.sets[1][images]
-    p = np.exp(fpnl.forward(tiny_run.params, x).astype(float))
-    q = np.clip(0.3 * (1 - p[images, labels] / p.sum(axis=1)), 0.05, 1)
+    images, labels, *_ = tiny_run.sets
+    p = np.exp(fpnl.forward(tiny_run.params, data.pixels(images)).astype(float))
+    losses = -np.log(p[np.arange(len(labels)), labels] / p.sum(axis=1))
+    q, given = np.clip(0.3 * (1 - np.exp(-losses)), 0.05, 1), []
     assert np.mean(q == 0.05) > 0.03 and np.mean(q > 0.25) > 0.3
 
-    def ones(settings, net, params, x, labels, signs):
-        assert len(x) == len(labels) == len(signs)
-        return [np.ones((len(W) + 1, len(x)), "f") for W, _ in params], [
-            np.ones((len(b), len(x)), "f") for _, b in params
-        ]
+    def gradient(params, x, y, rng, weights, return_losses):
+        given.append((x, y, weights))
+        return [[np.zeros_like(a) for a in layer] for layer in params], np.zeros(len(y))
 
-    tiny_run.method, counts = ones, np.zeros(200)
-    for step in range(500):
-        for columns, inputs, slopes in train.measure(tiny_run, step, images, 0, 1):
-            counts[columns] += 1
-            for array in slopes:
-                np.testing.assert_allclose(array, np.tile(1 / q[columns], (len(array), 1)), rtol=1e-4)
-            assert all(np.all(array == 1) for array in inputs)
-    assert np.all(np.abs(counts - 500 * q) < 5 * np.sqrt(500 * q * (1 - q)))
-    tiny_run.settings = dataclasses.replace(tiny_run.settings, importance=0.0)
-    everything = list(train.measure(tiny_run, 0, images, 0, 1))
-    np.testing.assert_array_equal(np.concatenate([columns for columns, *_ in everything]), images)
-    assert all(np.all(array == 1) for _, _, slopes in everything for array in slopes)
+    tiny_run.gradient, counts = gradient, np.zeros(len(labels))
+    rows = {row.tobytes(): i for i, row in enumerate(data.pixels(images))}
+    for step, loss in enumerate(train.steps(tiny_run)):
+        epoch, place = divmod(step, 50)
+        batch = RNG((0, train.ORDER, epoch)).permutation(len(labels))[200 * place :][:200]
+        assert loss == pytest.approx(losses[batch].mean(), rel=1e-4)
+        x, y, weights = given.pop()
+        drawn = np.array([rows[row.tobytes()] for row in x])
+        assert len({*drawn}) == len(drawn) and {*drawn} <= {*batch} and weights.dtype == np.float32
+        np.testing.assert_array_equal(y, labels[drawn])
+        np.testing.assert_allclose(weights, 1 / (200 * q[drawn]), rtol=1e-4)
+        counts[drawn] += step < 150
+    assert (step, tiny_run.step) == (150, 150)
+    assert abs(counts.sum() - 3 * q.sum()) < 5 * np.sqrt(3 * np.sum(q * (1 - q)))
+    often = q > np.median(q)
+    assert counts[often].sum() / counts.sum() == pytest.approx(q[often].sum() / q.sum(), abs=0.03)
 
 
-def test_what_is_not_measured_has_no_part_in_the_gradient(tiny_run):
-    """Nor has what was measured in the step before; in the third step, nothing is."""
+def test_without_importance_all_images_are_measured_and_es_tells_the_loss(tiny_run):
     import train
 
-    rng, given, gradients = RNG(0), [], []
-    columns = [np.arange(200), np.arange(0, 200, 7), np.arange(0)]
+    tiny_run.settings.importance, tiny_run.outputs, es = 0.0, None, tiny_run.gradient
+    weights = []
+    tiny_run.gradient = lambda *rows, **how: weights.append(how["weights"]) or es(*rows, **how)
+    batch = RNG((0, train.ORDER, 0)).permutation(10000)[:200]
+    logits = fpnl.forward(tiny_run.params, data.pixels(tiny_run.sets[0][batch]))
+    assert next(train.steps(tiny_run)) == pytest.approx(fpnl.loss(logits, tiny_run.sets[1][batch]), rel=1e-5)
+    np.testing.assert_allclose(weights.pop(), np.full(200, 1 / 200), rtol=1e-6)
 
-    def measured(run, step, images, rank, workers):
-        shapes = [
-            [(len(W) + 1, len(columns[step])) for W, _ in run.params],
-            [(len(b), len(columns[step])) for _, b in run.params],
-        ]
-        given.append([[rng.standard_normal(shape, np.float32) for shape in kind] for kind in shapes])
-        if len(columns[step]):
-            yield columns[step], *given[-1]
 
-    def update(weights, gradient, *_):
-        gradients.append(gradient)
+def test_a_step_in_which_nothing_is_drawn_is_a_step_of_adamw(tiny_run):
+    """With a gradient of zeros: to skip it would be a bias."""
+    import train
 
-    tiny_run.update = update
-    train.steps(tiny_run, 0, 3, measured=measured)
-    bands = train.bands(tiny_run.settings.sizes)
-    for (inputs, slopes), (l, band) in itertools.product(given, bands):
-        np.testing.assert_allclose(gradients.pop(0), (inputs[l] @ slopes[l].T / 200)[band], atol=1e-5)
-    assert not gradients
+    tiny_run.settings.importance, tiny_run.settings.least, updates = 1e-9, 0.0, []
+    tiny_run.gradient = None
+    tiny_run.update = lambda params, grads, *how: updates.append((fpnl.leaves(grads), how))
+    steps = train.steps(tiny_run)
+    for _ in range(3):
+        assert next(steps) > 0
+    assert len(updates) == 2 and [how[2] for _, how in updates] == [1, 2]
+    for grads, (m, v, _, lr, decay) in updates:
+        assert [a.shape for a in grads] == [a.shape for a in fpnl.leaves(tiny_run.params)] and not any(
+            map(np.any, grads)
+        )
+        assert (m, v, decay) == (tiny_run.m, tiny_run.v, 1.0) and 0 < lr <= 1e-3
+
+
+def test_the_loss_of_the_weights_is_told_before_they_change(tiny_run):
+    """Who stops there has the weights whose loss it was, and can go on as if there had been no stop."""
+    import train
+
+    tiny_run.update, before = fpnl.adamw, [a.copy() for a in fpnl.leaves(tiny_run.params)]
+    loss, steps = next(train.steps(tiny_run)), train.steps(tiny_run)
+    assert next(steps) == loss and tiny_run.step == 0
+    assert_same_params([before], [fpnl.leaves(tiny_run.params)])
+    assert next(steps) != loss and tiny_run.step == 1
+    assert not np.array_equal(before[0], tiny_run.params[0][0])
 
 
 def test_report_and_validation(slice_of_mnist, tmp_path):
@@ -1780,14 +1976,12 @@ def test_until_test_stops_at_the_first_report_over_the_mark(slice_of_mnist, tmp_
     rows = (tmp_path / "w.csv").read_text().splitlines()[3:]
     assert [row.split(",")[4] for row in rows] == scores[: first + 1] and first > 0
     assert result(done)[1] == pytest.approx(float(scores[first]), abs=5e-5)
-    done = run(*command, "--epochs", 1.5, "--reports", 1, "--until-test", 1.01, check=False)
+    done = run(*command, "--epochs", 1.5, "--reports", 1, "--until-test", 1, check=False)
     assert len((tmp_path / "w.csv").read_text().splitlines()) == 3 + 4  # twice an epoch, and to the end
-    assert done.returncode == 1 and re.fullmatch(
-        r"train.py: the accuracy ended at 0\.\d{4}, below 1\.01\n", done.stderr
-    )
+    assert done.returncode == 1 and re.fullmatch(r"train.py: the accuracy ended at 0\.\d{4}, below 1\.0\n", done.stderr)
 
 
-def test_a_preset_is_a_set_of_defaults(small, tmp_path):
+def test_a_preset_is_a_set_of_defaults(small, tmp_path, call):
     import train
 
     chosen = train.PRESETS["best"]
@@ -1797,9 +1991,11 @@ def test_a_preset_is_a_set_of_defaults(small, tmp_path):
     assert any(default[name] != value for name, value in chosen.items()) and chosen.keys() <= train.OPTIONS.keys()
     args = vars(train.parse_args(["--preset", "best", "--epochs", "0.5"]))
     assert args["epochs"] == 0.5 and all(args[name] == chosen[name] for name in chosen if name != "epochs")
-    run(*small, "--epochs", 0.1, "--save", tmp_path / "w.npz")
-    done = run("--resume", tmp_path / "w.npz", *small[:2], "--preset", "best", check=False)
-    assert done.returncode == 2 and " as in " in done.stderr and done.stderr.count("\n") == 1
+    call(*small, "--epochs", 0.1, "--save", tmp_path / "w.npz")
+    status, _, errors = call("--resume", tmp_path / "w.npz", *small[:2], "--preset", "best")
+    assert (
+        status == 2 and errors.startswith("train.py: error: --epochs: expected 0.1 as in ") and errors.count("\n") == 1
+    )
 
 
 def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
@@ -1842,8 +2038,12 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
         (["--reports", 10**9], "argument --reports: expected a number from 1 to 1e+06, found 1000000000"),
         (["--hidden", 10**19, 24], "argument --hidden: expected a number from 1 to 1e+06, found 10000000000000000000"),
         (["--sigma", "1e300"], "argument --sigma: expected a number from 1e-09 to 1e+09, found 1e300"),
-        (["--log", "W", "--save", "W"], "and another file to --log"),
-        (["--log", "../W", "--save", f"{ROOT.parent}/W"], "and another file to --log"),
+        (["--log", "W", "--save", "W"], "expected another file to --log than to --save and --resume, found W"),
+        (["--log", "../W", "--save", f"{ROOT.parent}/W"], "expected another file to --log than to --save"),
+        (["--until-test", 96.7], "argument --until-test: expected a number from 0 to 1, found 96.7"),
+        (["--engine", "mpi", "--workers", 2], "expected no --workers beside workers that are there, found 2"),
+        ("--engine dask --scheduler a --workers 2".split(), "expected no --workers beside workers that are there"),
+        (["--engine", "processes"], "argument --engine: invalid choice: 'processes'"),
         (["--save", "n" * 300], f"{os.strerror(errno.ENAMETOOLONG)}: '{'n' * 300}'"),
         (["--log", "n" * 300], f"{os.strerror(errno.ENAMETOOLONG)}: '{'n' * 300}'"),
         (["--save", ""], ".: expected a regular file in a folder to write to, found none"),
@@ -1851,15 +2051,15 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
         (["--data", "NAN"], r"train-images-idx3-ubyte: expected float pixels in [0, 1], found nan to nan"),
     ],
 )
-def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, arguments, says):
+def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, call, arguments, says):
     if arguments == ["--data", "NAN"]:
         write_set(tmp_path / "nan")
         (tmp_path / "nan" / IMAGES).write_bytes(idx(NAN, 0x0D))
         arguments = ["--data", tmp_path / "nan"]
     before = sorted(tmp_path.rglob("*"))
-    done = run("--save", tmp_path / "w.npz", *arguments, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert says in done.stderr and done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+    status, out, errors = call("--save", tmp_path / "w.npz", *arguments)
+    assert (status, out) == (2, "") and says in errors
+    assert errors.startswith("train.py: error: ") and errors.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -1868,7 +2068,7 @@ def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path):
     settings, comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
     settings = json.loads(settings.removeprefix("# "))
     assert comment.startswith("# Python ") and "NumPy" in comment
-    assert (settings["hidden"], settings["method"], settings["seed"], settings["classes"]) == ([512, 512], "es", 3, 10)
+    assert (settings["sizes"], settings["method"], settings["seed"]) == ([784, 512, 512, 10], "es", 3)
     assert header == "epoch,seconds,loss,train,test,live1,live2,live3"
     printed = [line.split() for line in done.stdout.splitlines()[2:-1]]
     assert len(rows) == len(printed) == 3
@@ -1884,10 +2084,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(slice_of_mnist, tmp_path):
 
 def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch):
     """By taskset and by the quota of a container, in either version of cgroups and of any parent."""
-    import train
-
     nothing = tmp_path / "none"
-    count = train.cores(nothing, nothing)
+    count = data.cores(nothing, nothing)
     if hasattr(os, "sched_setaffinity"):
         assert count == len(os.sched_getaffinity(0))
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
@@ -1901,7 +2099,7 @@ def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         (folder / "own").write_text(own)
-        return train.cores(folder, folder / "own")
+        return data.cores(folder, folder / "own")
 
     assert cores("0::/\n", cpu__max="max 100000\n") == 8
     assert cores("0::/\n", cpu__max="200000 100000\n") == 2
@@ -1914,6 +2112,102 @@ def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch):
     assert cores("4:cpu,cpuacct:/docker/1\n", **ours | {"cpu_in_cpu.cfs_quota_us": "-1\n"}) == 8
     deeper = {name.replace("cpu_in_", "cpu_in_docker_in_1_in_", 1): text for name, text in ours.items()}
     assert cores("4:cpu,cpuacct:/docker/1\n", **deeper) == 3
+
+
+FIRST_NUMPY = {  # ways in which a program has NumPy already; ARGUMENTS are the options
+    "import": "import numpy, train; train.main(ARGUMENTS)",
+    "too late": "import numpy, os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import train; train.main(ARGUMENTS)",
+    "reload": "import numpy, importlib, train; importlib.reload(train); train.main(ARGUMENTS)",
+    "run_path": "import numpy, runpy, sys; sys.argv = ['train.py', *ARGUMENTS]; sys.path.insert(0, ROOT); "
+    "runpy.run_path(ROOT + '/train.py', run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize(
+    "way", [*(pytest.param(w, marks=pytest.mark.slow) for w in FIRST_NUMPY if w != "import"), "import"]
+)
+def test_blas_has_one_thread_in_a_run_and_as_many_as_before_after_it(slice_of_mnist, short_run, tmp_path, way):
+    """Other numbers of threads give other bits, silently, so the library is asked: the variable proves nothing."""
+    arguments = ["--data", str(slice_of_mnist), *SHORT, "--quiet", "--save", str(tmp_path / "w.npz")]
+    code = FIRST_NUMPY[way].replace("ARGUMENTS", repr(arguments)).replace("ROOT", repr(str(ROOT)))
+    told = "import numpy, ctypes; lib = ctypes.CDLL(numpy._core._multiarray_umath.__file__)\n"
+    told += "lib.scipy_openblas_set_num_threads64_(3)\n"
+    code = f"{told}{code}\nprint(lib.scipy_openblas_get_num_threads64_())"
+    done = run_program(tmp_path, code)
+    assert done.stdout.splitlines()[-1] == "3"
+    assert_same_weights(tmp_path / "w.npz", short_run)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_nobody_knows_blas_numpy_must_not_be_first(small, tmp_path, monkeypatch, capsys, first):
+    """One line says what to do, and nothing is run; a command that came before NumPy has nothing to ask."""
+    import train
+
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.setattr(train, "NUMPY_WAS_FIRST", first)
+    options = [str(part) for part in [*small, "--epochs", 0, "--save", tmp_path / "w.npz"]]
+    with pytest.raises(SystemExit) if first else contextlib.nullcontext():
+        train.main(options)
+    out, errors = capsys.readouterr()
+    says = "expected threadpoolctl, or train.py imported before NumPy: more BLAS threads, other bits"
+    assert (tmp_path / "w.npz").exists() != first and ("result: " in out) != first
+    assert errors.partition("error: ")[2] == (f"{says}\n" if first else "")
+
+
+def test_a_worker_with_other_bits_is_named_once(capsys):
+    """In the results of the first call of the map, and by one bit."""
+    import train
+
+    params, x, labels = example(n=9)
+
+    def others(work, lists):
+        found = [*map(work, lists)]
+        found[1][1][0][1][0].view(np.uint32)[0, 0] ^= 1  # of the slopes of its first task
+        return found
+
+    for its_map, says in ((map, 0), (others, 1)):
+        its_map = train.compared(its_map)
+        for _ in range(2):
+            fpnl.es_gradient(params, x, labels, RNG(0), task=2, workers=3, map_tasks=its_map)
+        errors = capsys.readouterr().err
+        assert errors.count("computes other bits than this process") == errors.count("\n") == says
+        assert not says or f"worker {platform.node()} ({platform.machine()}, NumPy {np.__version__})" in errors
+
+
+@pytest.mark.parametrize("options", [["--lr", 1], ["--lr", 1e9], ["--lr", 1e9, "--importance", 0], ["--lr", 1e38]])
+def test_a_run_that_falls_apart_says_so_and_keeps_the_last_good_state(small, tmp_path, options):
+    """Of saves at every step: whose loss was told, and is not above 10 ln(classes)."""
+    path = tmp_path / "w.npz"
+    done = run(*small, "--reports", 600, "--quiet", *options, "--workers", 1, "--save", path, check=False)
+    says = r"train.py: error: diverged: the loss is [\d.e+infa]+ after \d+ steps: try a smaller --lr\n"
+    assert done.returncode == 2 and re.fullmatch(says, done.stderr), done.stderr
+    params, others = data.load_weights(path)
+    losses = fpnl.cross_entropy(fpnl.forward(params, data.pixels(data.load(small[1])[0])), data.load(small[1])[1])
+    assert losses.mean() < 1.5 * 10 * np.log(10) and int(others["step"]) < 600
+
+
+def test_the_network_of_a_run_has_a_name_in_its_file(small, tmp_path):
+    """Weights of another network are refused; they were taken for those of fpnl's."""
+    code = """
+import sys, numpy, train
+args = train.parse_args(sys.argv[1:])
+train.train(args, train.begin(args, transfer=numpy.tanh))
+"""
+    path, options = tmp_path / "w.npz", [*small, "--epochs", 1, "--workers", 1]
+    run_program(tmp_path, code, *options, "--save", path)
+    run_program(tmp_path, code, "--data", small[1], "--resume", path)
+    done = run("--data", small[1], "--resume", path, check=False)
+    assert done.returncode == 2 and f"--network: expected tanh as in {path}, found underflow" in done.stderr
+    done = run("--data", small[1], "--evaluate", path, check=False)
+    says = f"train.py: error: {path}: expected weights of fpnl's network, found one with tanh\n"
+    assert (done.returncode, done.stderr) == (2, says)
+
+
+def test_the_help_is_a_page(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, _ = call("-h")
+    assert status == 0 and len(out.splitlines()) <= 50 and "--control-variate" in out
 
 
 # --- Long runs ----------------------------------------------------------------------------------------
@@ -1945,13 +2239,9 @@ def assert_same_run(found, expected):
         assert_same_bits(a[key], b[key])
 
 
-def start(*arguments):
-    return start_command(sys.executable, "-u", "train.py", *arguments)
-
-
-def start_command(*command):
-    command = [str(part) for part in command]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments, program=TRAIN, **how):
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | how
+    return subprocess.Popen([*map(str, [*program, *arguments])], **how)
 
 
 @pytest.mark.slow
@@ -1979,12 +2269,8 @@ def test_kill_9_at_any_moment_and_resume(small, tmp_path, whole):
 def test_ctrl_c_and_sigterm_keep_the_last_step(small, tmp_path, number, workers):
     """Also where a shell or batch system has Ctrl-C ignored, and sends SIGTERM to all processes of the run."""
     path = tmp_path / "w.npz"
-    options = [str(part) for part in [*small, "--epochs", 2000, "--workers", workers, "--save", path]]
-    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    child = subprocess.Popen(
-        [sys.executable, "-u", "train.py", *options],
-        cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=ignore, start_new_session=True,
-    )  # fmt: skip
+    how = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "start_new_session": True}
+    child = start(*small, "--epochs", 2000, "--workers", workers, "--save", path, **how)
     for _ in range(4):
         child.stdout.readline()
     os.killpg(child.pid, number)
@@ -1997,63 +2283,61 @@ def test_ctrl_c_and_sigterm_keep_the_last_step(small, tmp_path, number, workers)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(tmp_path, slice_of_mnist, number):
-    """In a step that takes seconds; its workers end, too."""
-    child = start(
-        "--data", slice_of_mnist, "--batch", 10000, "--workers", 2, "--block", 1, "--save", tmp_path / "w.npz"
-    )
+    """In a step that takes seconds, which nobody has to complete."""
+    options = ["--batch", 10000, "--workers", 2, "--block", 1, "--importance", 0, "--save", tmp_path / "w.npz"]
+    child = start("--data", slice_of_mnist, *options)
     for _ in range(3):
         child.stdout.readline()
     time.sleep(0.5)
-    processes = [*family(child.pid)] if sys.platform == "linux" else []
     child.send_signal(number)
     time.sleep(0.2)
-    assert child.poll() is None  # it completes the step
+    assert child.poll() is None  # the loop looks once a step
     child.send_signal(number)
-    assert child.wait(timeout=2) == -number
+    assert child.wait(timeout=2) == 128 + number
     assert int(saved(tmp_path / "w.npz")["step"]) == 0
-    for _ in range(40):
-        if not (left := [pid for pid in processes if is_running(pid)]):
-            break
-        time.sleep(0.1)
-    assert not left
     child.communicate()
 
 
-# mpi4py and distributed, started as the README says. On one machine: three MPI processes, two dask workers.
-MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-MPI = [
-    MPIEXEC,
-    "-n",
-    "3",
-    "-genv",
-    "MPIR_CVAR_NOLOCAL",
-    "1",
-    sys.executable,
-    "-u",
-    "-m",
-    "mpi4py.futures",
-    "train.py",
-    "--engine",
-    "mpi",
-]
-DASK = [sys.executable, "-u", "train.py", "--engine", "dask", "--workers", "2"]
-needs_mpi = pytest.mark.skipif(
-    not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="pip install mpi4py mpich, for this test"
-)
-needs_dask = pytest.mark.skipif(
-    not importlib.util.find_spec("distributed"), reason="pip install distributed, for this test"
-)
-ENGINES = [pytest.param(MPI, marks=needs_mpi), pytest.param(DASK, marks=needs_dask)]
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid(), reason="root makes a process 1 of its own, on Linux")
+def test_signals_of_process_1(small, tmp_path):
+    """As in a container: the system would ignore what a program does not handle."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-u", "train.py", *small, "--epochs", 2000]
+    for times in (1, 2):
+        batch = [] if times == 1 else ["--batch", 300, "--hidden", 2000, 2000, "--block", 1, "--importance", 0]
+        child = start(*batch, "--save", tmp_path / "w.npz", program=command)
+        for _ in range(3 if times == 2 else 4):
+            child.stdout.readline()
+        (process,) = pathlib.Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        for _ in range(times):
+            os.kill(int(process), signal.SIGTERM)
+            time.sleep(0.2)
+        _, errors = child.communicate(timeout=30)
+        assert child.returncode == 128 + signal.SIGTERM
+        assert ("interrupted after step" in errors) == (times == 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_same_seed_same_weights_without_shared_memory(slice_of_mnist, short_run, tmp_path, engine):
-    options = " ".join(SHORT).replace("--workers 1", "").split()
-    child = start_command(*engine, "--data", slice_of_mnist, *options, "--save", tmp_path / "w.npz")
-    out, errors = child.communicate(timeout=120)
-    assert child.returncode == 0 and out.splitlines()[-1].startswith("result: ") and "2 workers" in out, errors
-    assert_same_weights(tmp_path / "w.npz", short_run)
+@needs_mpi
+def test_workers_need_fpnl_and_nothing_else(slice_of_mnist, tmp_path):
+    """Of the project; that of a dask is the test of a dask that is there already."""
+    code = """
+import sys, train
+
+MODULES = "[name for name in ('train', 'data', 'fpnl', 'mine') if name in __import__('sys').modules]"
+args = train.parse_args(sys.argv[1:])
+run = train.begin(args)
+with train.engine(args) as (pieces, tasks, workers, lists):
+    step = train.steps(run, pieces, map_tasks=tasks, workers=lists)
+    next(step), next(step)
+    (its_map,) = [cell.cell_contents for cell in tasks.__closure__ if callable(cell.cell_contents)]
+    print(workers, {str(found) for found in its_map(eval, [MODULES] * 9)})
+"""
+    (tmp_path / "mine.py").write_text(code)
+    command = [str(tmp_path / "mine.py") if part == "train.py" else part for part in [*MPI, "--data", slice_of_mnist]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout == "2 {\"['fpnl']\"}\n", done.stdout + done.stderr
 
 
 def family(pid):
@@ -2076,7 +2360,7 @@ def killed(small, tmp_path, engine, worker):
     """Runs to the end alone, and on an engine one of whose workers is killed on the way: status, output, errors."""
     small = [*small, "--epochs", 6]
     run(*small, "--save", tmp_path / "whole.npz")
-    child = start_command(*engine, *small, "--save", tmp_path / "w.npz")
+    child = start(*small, "--save", tmp_path / "w.npz", program=engine)
     for _ in range(6):
         child.stdout.readline()
     commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [*family(child.pid)][1:]}
@@ -2111,8 +2395,10 @@ def test_mpi_ends_when_a_worker_is_killed_and_its_checkpoint_resumes(small, tmp_
 def test_workers_of_a_dask_of_its_own_say_nothing():
     """As of a heartbeat that comes when the scheduler has gone."""
     code = (
-        "import logging, train\nif __name__ == '__main__':\n with train.dask(1, None)[0] as client:\n"
-        "  print(client.run(lambda: logging.getLogger('distributed.worker').error('heartbeat') or 'done'))"
+        "import distributed, logging, train\nif __name__ == '__main__':\n"
+        " with train.engine(train.parse_args(['--engine', 'dask', '--workers', '1'])):\n"
+        "  say = lambda: logging.getLogger('distributed.worker').error('heartbeat') or 'done'\n"
+        "  print(distributed.get_client().run(say))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "done" in done.stdout and done.stderr == ""
@@ -2128,7 +2414,9 @@ def test_a_dask_that_is_there_already(small, tmp_path):
         "  print(cluster.scheduler_address, flush=True), input()"
     )
     (tmp_path / "cluster.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the workers import train
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(ROOT / "fpnl.py", tmp_path / "elsewhere")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere")}  # what the scheduler and the workers need
     cluster = subprocess.Popen(
         [sys.executable, tmp_path / "cluster.py"], stdin=-1, stdout=-1, stderr=-1, text=True, env=environment
     )
@@ -2139,46 +2427,19 @@ def test_a_dask_that_is_there_already(small, tmp_path):
     assert_same_run(tmp_path / "w.npz", tmp_path / "whole.npz")
 
 
-def test_the_threads_of_a_worker_elsewhere_do_not_meet(slice_of_mnist):
-    """Tasks of several runs, all at once, in one process; each reads its images once."""
-    import train
-
-    tasks = []
-    for seed, rank in itertools.product(range(2), range(4)):
-        options = f"--data {slice_of_mnist} --hidden 24 16 --batch 512 --seed {seed}"
-        run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
-        weights = RNG(seed).normal(0, 0.1, run.weights.size).astype(np.float32)
-        job = str(seed), slice_of_mnist, run.settings, run.net, train.es, weights
-        tasks.append((*job, train.measure, 7, np.arange(512), rank, 4))
-    expected = [train.there(*task) for task in tasks]
-    assert train.sets_there.cache_info().misses == 2
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(train.there, *zip(*tasks)))
-    for a, b in zip(found, expected, strict=True):
-        assert len(a) == 2
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x[0], y[0])
-            for columns, others in zip(x[1] + x[2], y[1] + y[2], strict=True):
-                assert_same_bits(columns, others)
-
-
-def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):
-    import train
-
-    run, *_ = train.begin(train.parse_args(["--data", str(slice_of_mnist)]), train.es, None)
-    with pytest.raises(ValueError, match=f"--data: expected the run's, checksum {run.settings.data}, found .* on "):
-        train.there("a", small[1], run.settings, run.net, train.es, run.weights, train.measure, 0, np.arange(512), 0, 1)
-
-
 @pytest.mark.parametrize(
     ("missing", "options", "says"),
     [
-        ("mpi4py", "--engine mpi", "--engine mpi: expected its packages: pip install mpi4py mpich"),
-        ("distributed", "--engine dask", "--engine dask: expected its packages: pip install distributed"),
+        ("mpi4py", "--engine mpi", "broken: pip install it (mpi4py mpich for --engine mpi"),
+        (
+            "distributed",
+            "--engine dask",
+            "broken: pip install it (mpi4py mpich for --engine mpi, distributed for dask)",
+        ),
         (
             None,
             "--scheduler tcp://127.0.0.1:9",
-            "expected --engine dask beside --scheduler, --evaluate beside --predict, and another file to --log",
+            "expected --engine dask beside --scheduler, and --evaluate beside --predict",
         ),
         pytest.param(
             None,
@@ -2189,32 +2450,19 @@ def test_a_worker_whose_images_are_others_is_an_error(slice_of_mnist, small):
         pytest.param(
             None,
             "--engine dask --scheduler tcp://127.0.0.1:9",
-            "--scheduler: expected workers there, found none: dask worker tcp://127.0.0.1:9",
+            "Timed out trying to connect to tcp://127.0.0.1:9",
             marks=[needs_dask, pytest.mark.slow],
         ),
     ],
 )
 def test_an_engine_that_is_not_there_ends_in_one_line(small, tmp_path, missing, options, says):
     if missing:
-        (tmp_path / f"{missing}.py").write_text("raise ImportError")
+        (tmp_path / f"{missing}.py").write_text("raise ImportError('broken')")
     command = [sys.executable, "train.py", *map(str, small), *options.split()]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {says}\n")
-
-
-@pytest.mark.slow
-def test_a_dead_worker_ends_the_run_and_the_last_report_is_kept(small, tmp_path):
-    path = tmp_path / "w.npz"
-    child = start(*small, "--epochs", 2000, "--workers", 2, "--save", path)
-    for _ in range(4):
-        child.stdout.readline()
-    workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 2
-    says = "a worker was killed, perhaps for want of memory: go on with --resume"
-    assert errors == f"train.py: error: {says}\n" and int(saved(path)["step"]) >= 0
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("train.py: error: ") and says in done.stderr
 
 
 @pytest.mark.slow
@@ -2224,7 +2472,7 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path):
     for options, says in (
         (["--lr", 0.5], "--lr: expected 0.001 as in"),
         (["--weight-decay", 0], "--weight-decay: expected 1.0 as in"),
-        (["--hidden", 24], "--hidden: expected (24, 24) as in"),
+        (["--hidden", 24], "--hidden: expected [24, 24] as in"),
         (["--epochs", 2], "--epochs: expected 1.0 as in"),
         (["--flush", "off"], "--flush: expected on as in"),
         (["--data", data.MNIST], "--data: expected "),
@@ -2232,7 +2480,21 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path):
         done = run("--data", small[1], "--resume", path, *options, check=False)
         assert done.returncode == 2 and done.stderr.startswith(f"train.py: error: {says}"), done.stderr
         assert done.stderr.count("\n") == 1
-        assert done.stderr.endswith("they and the learning rates over all epochs are fixed from the start\n")
+        assert done.stderr.endswith("what decides the weights is fixed from the start\n")
+    for name, value in (
+        ("version", 1),
+        ("task", 64),
+        ("piece", 7),
+        ("mask", 1),
+        ("least", 0.1),
+        ("network", "tanh"),
+        ("jitter", 0),
+    ):
+        arrays = saved(path)
+        arrays["settings"] = json.dumps(json.loads(str(arrays["settings"])) | {name: value})
+        np.savez(tmp_path / "other.npz", **arrays)
+        done = run("--data", small[1], "--resume", tmp_path / "other.npz", check=False)
+        assert done.returncode == 2 and f"--{name}: expected {value} as in" in done.stderr, done.stderr
     assert "result: " in run("--data", small[1], "--resume", path, "--workers", 1, "--flush", "emulated").stdout
 
 
@@ -2251,7 +2513,7 @@ def test_a_full_disk_loses_nothing(small, tmp_path):
     code = """
 import resource, sys, train
 
-def limited(*args, begin=train.begin):  # after the memory for the weights, which is a file to some systems
+def limited(*args, begin=train.begin):
     begun = begin(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
     return begun
@@ -2294,9 +2556,9 @@ def test_the_live_line_never_garbles_the_reports(small):
     """On a terminal: with the live line taken out, what is left is what a pipe shows."""
     small = [*small, "--epochs", 30, "--reports", 2]
     text = on_a_terminal(*small)
-    live = re.findall("\r\x1b\\[K(step [^\r\n]*)", text)
-    assert live and re.fullmatch(r"step \d+, epoch [\d.]+, loss [\d.]+, \d+ images/s, +\d+ s left", live[0])
-    rows = re.sub("\r\x1b\\[K(step [^\r\n]*)?", "", text).splitlines()
+    live = re.findall("\r\x1b\\[K([^\r\n]*)(?=\r)", text)
+    assert live and re.fullmatch(r" +[\d.]+ +[\d.]+ +[\d.]+ +\d+ s", live[0])
+    rows = re.sub("\r\x1b\\[K", "", re.sub("\r\x1b\\[K[^\r\n]*(?=\r)", "", text)).splitlines()
     piped = run(*small).stdout.splitlines()
     assert "\r" not in "".join(piped)
     timeless = [[re.sub(r" +\d+\.\d |seconds \d+$| +(\d+ s|\?)$", "", row) for row in lines] for lines in (rows, piped)]
@@ -2327,24 +2589,28 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, trained):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"W2": None}, "expected a run of this train.py, found weights alone, of use for --evaluate"),
-        ({"W1": None}, "expected W1, b1, ..., found b1"),
+        ({"W2": None}, "expected a run of train.py, found what is of use for --evaluate"),
+        ({"W1": None}, "expected W1, b1, ..., found settings, b1"),
         ({"W1": np.zeros((20, 24))}, "expected float32 W1 [20, width] and b1 [width], found W1 float64 (20, 24)"),
         (
             {"W2": np.zeros((23, 24), np.float32)},
             "expected float32 W2 [24, width] and b2 [width], found W2 float32 (23, 24)",
         ),
         ({"b3": None}, "expected float32 W3 [24, width] and b3 [width], found W3 float32 (24, 10), b3 float64 (0,)"),
-        ({"b3": np.full(10, np.nan, np.float32)}, "expected finite weights, found others in layer 3"),
+        ({"b3": np.full(10, np.nan, np.float32)}, "expected finite W3 and b3, found others"),
         ({"W1": np.array([{}], object)}, "expected weights as --save writes them, found a damaged or other file"),
-        ({"moments": np.zeros(3, np.float32)}, "expected finite float32 moments (2, "),
         (
-            {"moments": np.full((2, 1354), np.nan, np.float32)},
-            "expected finite float32 moments (2, 1354), found others",
+            {"mb3": np.zeros(3, np.float32)},
+            "expected float32 mW3 [24, width] and mb3 [width], found mW3 float32 (24, 10)",
+        ),
+        ({"vW2": np.full((24, 24), np.nan, np.float32)}, "expected finite vW2 and vb2, found others"),
+        (
+            {"mW3": np.zeros((24, 9), "f"), "mb3": np.zeros(9, "f")},
+            "expected m of the shapes of the weights, found others",
         ),
         (
             {"settings": '{"hidden": [24, 24], "jitter": 0}'},
-            "expected a run of this train.py, found another's, of use for --evaluate",
+            "expected a run of train.py, found what is of use for --evaluate",
         ),
         ({"settings": "{"}, "expected weights as --save writes them, found a damaged or other file"),
         (b"PK\3\4 and no more", "expected weights as --save writes them, found a damaged or other file"),
@@ -2410,7 +2676,7 @@ def test_too_little_memory(small):
     command = [sys.executable, "train.py", *map(str, [*small, "--hidden", 10**6, 10**6])]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (4 << 30, 4 << 30))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
-    says = "expected more memory: try smaller layers or batches, or fewer workers"
+    says = "expected more memory: try smaller layers or batches"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"train.py: error: {says}\n")
 
 
@@ -2528,19 +2794,24 @@ import numpy as np
 
 calls = []
 
-def method(settings, net, params, x, labels, signs):
-    "Slopes that are not finite in the 25th step, in which a signal asks for the end, too."
-    inputs, slopes = train.es(settings, net, params, x, labels, signs)
-    calls.append(1)
-    if len(calls) == 25:
-        slopes[WHICH][:] = VALUE
-        SIGNAL
-        time.sleep(1)  # the main thread hears the signal within this step, however busy the machine
-    return inputs, slopes
+def es(s, net):
+    "A gradient that is not finite in the 25th step; in the next, a signal asks for the end."
+    gradient = train.es(s, net)
 
-method.__name__ = "es"
+    def broken(*rows, **how):
+        grads, losses = gradient(*rows, **how)
+        calls.append(1)
+        if len(calls) == 25:
+            grads[WHICH][0][:] = VALUE
+        if len(calls) == 26:
+            SIGNAL
+        return grads, losses
+
+    return broken
+
 with train.command():
-    train.train(train.parse_args(sys.argv[1:]), method)
+    args = train.parse_args(sys.argv[1:])
+    train.train(args, train.begin(args, es))
 """
 
 
@@ -2549,7 +2820,7 @@ with train.command():
     [
         (0, "np.nan", "os.kill(os.getpid(), signal.SIGINT)"),
         pytest.param(2, "np.inf", "os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow),
-        pytest.param(1, "np.nan", "", marks=pytest.mark.slow),
+        pytest.param(1, "np.nan", "pass", marks=pytest.mark.slow),
         (1, "1e20", "os.kill(os.getpid(), signal.SIGINT)"),  # whose square is not finite; weights and loss are
     ],
 )
@@ -2559,7 +2830,7 @@ def test_a_state_that_cannot_go_on_never_replaces_one_that_can(small, tmp_path, 
     for name, text in (("WHICH", str(which)), ("VALUE", value), ("SIGNAL", ends)):
         code = code.replace(name, text)
     done = run_program(tmp_path, code, *small, "--reports", 30, "--workers", 1, "--save", path, check=False)
-    says = r"mine.py: error: diverged: the loss is (nan|inf|\d.\d+) after (25|40) steps: try a smaller --lr\n"
+    says = r"mine.py: error: diverged: the loss is (nan|inf|\d.\d+) after 25 steps: try a smaller --lr\n"
     assert done.returncode == 2 and re.fullmatch(says, done.stderr), done.stderr
     assert int(saved(path)["step"]) == 20
     goes_on(path, small, whole)
@@ -2675,7 +2946,7 @@ def test_a_log_that_goes_on_has_each_row_once(small, tmp_path, whole):
         says = f"train.py: error: {tmp_path}/another: expected the log of this run, to go on with it, found another's\n"
         assert (done.returncode, done.stderr) == (2, says) and (tmp_path / "another").read_text() == text
     done = run("--data", small[1], "--resume", path, "--log", path, check=False)
-    assert done.returncode == 2 and "and another file to --log" in done.stderr and int(saved(path)["step"]) == 600
+    assert done.returncode == 2 and "expected another file to --log" in done.stderr and int(saved(path)["step"]) == 600
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
@@ -2721,7 +2992,7 @@ def test_any_locale_and_any_name(tmp_path, locale):
 
     start = trained(*"--hidden 8 --batch 20 --epochs 1 --save".split(), path)
     assert (start.returncode, start.stderr) == (0, b"") and b"result: train " in start.stdout
-    assert log.read_bytes().startswith(b'# {"data": ') and int(saved(path)["step"]) == 3
+    assert log.read_bytes().startswith(b'# {"version": ') and int(saved(path)["step"]) == 3
     assert trained("--resume", path, "--quiet").returncode == 0
     wrong = trained("--save", folder / "none" / path.name)
     assert wrong.returncode == 2 and wrong.stderr.count(b"\n") == 1
@@ -2775,39 +3046,6 @@ def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, pr
     command = [sys.executable, "-OO", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="knows what shared memory is made of on Linux")
-@pytest.mark.parametrize(
-    ("missing", "says"),
-    [
-        ("heap.Arena.__init__ = fails(errno.ENOSPC)", "[Errno 28] No space left on device"),
-        ("synchronize._multiprocessing.SemLock = fails(errno.ENOSYS)", "[Errno 38] Function not implemented"),
-        ("synchronize._multiprocessing.SemLock = fails(errno.EACCES)", "[Errno 13] Permission denied"),
-        ("synchronize = sys.modules['multiprocessing.synchronize'] = None", "import of multiprocessing.synchronize .*"),
-    ],
-)
-def test_where_no_memory_can_be_shared_there_are_threads(small, tmp_path, whole, missing, says):
-    """As in containers without /dev/shm, or with a full one."""
-    code = f"""
-import errno, multiprocessing.heap, multiprocessing.synchronize, os, sys, train
-
-def fails(number):
-    def call(*args):
-        raise OSError(number, os.strerror(number))
-    return call
-
-multiprocessing.{missing}
-train.main(sys.argv[1:])
-"""
-    options = [*small, "--workers", 2, "--save", tmp_path / "w.npz"]
-    done = run_program(tmp_path, code, *options, check=False)
-    says = says if says.endswith("*") else re.escape(says)
-    says = f"mine.py: error: expected memory that processes can share, found {says}: try --engine threads\n"
-    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(says, done.stderr), done.stderr
-    run_program(tmp_path, code, *options, "--engine", "threads")
-    assert_same_run(tmp_path / "w.npz", whole)
 
 
 def test_predict_takes_the_pixels_of_the_training(small, tmp_path):
@@ -2865,10 +3103,7 @@ for path in sys.argv[2:]:
     for settings, (status, says), evaluated in zip(cases, ends[::2], ends[1::2], strict=True):
         assert status == 2 and re.fullmatch("mine.py: error: .+\n", says), (settings[:300], status, says)
         assert evaluated == [0, ""] or evaluated[0] == 2 and re.fullmatch("mine.py: error: .+\n", evaluated[1])
-    assert (
-        f"{tmp_path}/5.npz: expected a run of this train.py, found weights alone, of use for --evaluate" in ends[10][1]
-    )
-    assert f"{tmp_path}/11.npz: expected a run of this train.py, found another's, of use for --evaluate" in ends[22][1]
+    assert f"{tmp_path}/5.npz: expected a run of train.py, found what is of use for --evaluate" in ends[10][1]
 
 
 @pytest.mark.slow
@@ -2886,29 +3121,6 @@ def test_ctrl_c_in_the_terminal_of_workers_elsewhere(small, tmp_path, engine):
     assert child.returncode == 130 and step >= 1000
     assert f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n" in errors
     assert "Traceback" not in errors
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_workers_start_afresh(small, tmp_path):
-    """It reaches them, too, before they can ignore it: an interruption, not a want of memory."""
-    (tmp_path / "mine.py").write_text(
-        """
-import numpy, sys, time, train  # in this order: they start afresh
-
-if __name__ == "__main__":
-    train.main(sys.argv[1:])
-else:
-    time.sleep(30)
-"""
-    )
-    command = [str(part) for part in [sys.executable, tmp_path / "mine.py", *small, "--workers", 2]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "2"}  # else they need not
-    child = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
-    assert "2 workers" in child.stdout.readline()
-    time.sleep(1)
-    os.killpg(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130 and errors.endswith("\nmine.py: interrupted\n") and "memory" not in errors
 
 
 def on_a_terminal(*arguments, **environment):
@@ -2961,7 +3173,7 @@ def test_aarch64_has_the_same_arithmetic():
 @needs_arm
 def test_aarch64_trains_emulated_and_by_its_flags_to_the_same_bits(mnist, tmp_path):
     """And as well as here, where sums are taken in another order."""
-    command = ["train.py", "--data", write_slice(mnist, tmp_path, 2000, 1000), "--engine", "threads", "--workers", 1]
+    command = ["train.py", "--data", write_slice(mnist, tmp_path, 2000, 1000), "--workers", 1]
     command += "--hidden 32 32 --batch 100 --epochs 2 --lr 1e-2 --block 4 --reports 1 --flush".split()
     emulated, flags = (on_aarch64(*command, how, "--save", tmp_path / how) for how in ("emulated", "hardware"))
     assert_same_weights(tmp_path / "hardware", saved(tmp_path / "emulated"))

@@ -1,27 +1,33 @@
 """Ratios, measured side by side in one run: `python docs/benchmark.py [SECTION ...]`.
 
 What is compared takes turns, and the figure is the median of the ratios of neighbours: on a noisy machine
-times drift, ratios hold. Everything but the workers and the memory is measured on one core.
+times drift, ratios hold. Everything but threads, engines, memory and whole runs is measured on one core. A step of the
+main job is one near its end, with docs/weights.npz, when few images are drawn.
 
 arithmetic: flush-to-zero arithmetic in NumPy against the plain operation.
-step: a step that measures all images against its own multiplications at the speed of np.matmul on square matrices, the
-      share of each of its parts, and against the emulated flush, the control variate, importance sampling, backprop and
-      the plain statement. Step and scaling are of the main job at its end, with docs/weights.npz.
+step: a step that measures all images against its own multiplications at the speed of np.matmul on square matrices, and
+      against the emulated flush, the control variate, importance sampling, backprop and the plain statement; and what
+      each part of it takes, of the main job's, too.
 noise: of the estimate, by the size of the blocks and the progress of the training.
-scaling: with the batch, the width and the workers, 1 and 2 of them; and what the parts of a step say of up to 64.
-memory: of all processes of `python train.py`, by their proportional shares (Linux).
-engines: seconds a step, by engine, workers and batch, and the bytes that travel.
+scaling: with the batch, the width, the images of a task and the threads.
+memory: the peak of `python train.py` (Linux).
+engines: milliseconds a step, by engine, workers and batch, and the bytes that travel.
+slopes [FOLDER]: of this fpnl.py against that of another checkout, the least of 25 rounds.
+against [FOLDER [OPTION ...]]: whole runs of train.py with these options, here and in another checkout.
+
+The last two, where they come first, take what follows as their arguments; without a FOLDER, it is this checkout, which
+shows the noise. `against` is not run unless it is named.
 """
 
 import collections
 import contextlib
-import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
-import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
 import statistics
 import subprocess
@@ -29,7 +35,7 @@ import sys
 import time
 from unittest import mock
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a process
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a worker
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(1, str(ROOT / "examples"))
@@ -49,11 +55,11 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def in_turn(*functions, rounds=ROUNDS):
+def in_turn(*functions, rounds=None):
     """Seconds of each function in each round, [functions][rounds]."""
     for function in functions:
         function()
-    return list(zip(*[[seconds(function) for function in functions] for _ in range(rounds)]))
+    return list(zip(*[[seconds(function) for function in functions] for _ in range(rounds or ROUNDS)]))
 
 
 def ratio(a, b):
@@ -87,7 +93,8 @@ def multiplications(sizes, block, control_variate=False):
     met = 2 * sum(weights)  # forward and gradient
     above = [*weights[1:], widths[-1] ** 2]  # members of the last layer are multiplied with the identity
     for l, k in enumerate(block_sizes(sizes, block)):
-        met += 2 * (above[l] + math.ceil(widths[l] / k) * sum(weights[l + 2 :]))  # members and mirror images
+        blocks = math.ceil(widths[l] / k)  # the last one filled up with zeros
+        met += 2 * blocks * (k * above[l] // widths[l] + sum(weights[l + 2 :]))  # members and mirror images
         met += (control_variate and k > 1) * above[l]  # predictions
     return 2 * met
 
@@ -102,21 +109,25 @@ def block_sizes(sizes, block):
     return [min(block, width) for width in sizes[1:-2]] + [1, 1][: len(sizes) - 1]
 
 
-def job(options="", steps=None):
-    """The main job in this process, for one worker: after some steps, or, if the sizes are its own, at its end."""
-    run, *_ = train.begin(train.parse_args(options.split()), train.es, None)
-    if steps is None and run.settings.sizes == fpnl.SIZES:
-        run.weights[...] = train.flattened(data.load_weights(ROOT / "docs/weights.npz")[0])
-    train.steps(run, 0, 5 if steps is None else steps)
+def job(options="", method=train.es):
+    """The main job near its end; if the sizes are its own, with its weights."""
+    run = train.begin(train.parse_args(options.split()), method)
+    run.step = run.settings.steps * 19 // 20
+    if run.settings.sizes == [*fpnl.SIZES]:
+        run.params, _ = data.load_weights(ROOT / "docs/weights.npz")
     return run
 
 
-def one_step(run):
-    train.steps(run, 20, 21)
+@contextlib.contextmanager
+def stepping(options):
+    """A function that makes a step of such a job, by the engine that the options name."""
+    with train.engine(train.parse_args(options.split())) as (map_pieces, map_tasks, _, lists):
+        yield functools.partial(next, train.steps(job(options), map_pieces, map_tasks=map_tasks, workers=lists))
 
 
 def step(options=""):
-    some, run = job(options), job(f"--importance 0 {options}")
+    every = f"--importance 0 {options}"
+    run = job(every)
     s = run.settings
     A = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
     work = multiplications(s.sizes, s.block, s.control_variate) * s.batch
@@ -127,7 +138,7 @@ def step(options=""):
         for _ in range(count):
             A @ A
 
-    steps, references = in_turn(functools.partial(one_step, run), products)
+    steps, references = in_turn(functools.partial(next, train.steps(run)), products)
     each, speed = statistics.median(steps) / s.batch, count * product / statistics.median(references)
     print(f"np.matmul, 512 x 512: {speed / 1e9:.0f} GFLOP/s")
     print(f"a step of {s.batch} examples, all measured, block {s.block}: {1e3 * s.batch * each:.0f} ms")
@@ -135,19 +146,20 @@ def step(options=""):
     print(f"{work / s.batch / 1e6:.2f} MFLOP of multiplications")
     print(f"mutated networks a second: {members(s.sizes, s.block) / each:,.0f}")
     print(f"the step / its own multiplications: {ratio(steps, references) * count * product / work:.2f}")
-    print("\nshare of each part of the step, in percent")
-    for part, share in shares(run).most_common():
-        print(f"  {part:44} {100 * share:5.1f}")
+    print(f"\n{'what each part of a step takes itself':46}  {'all measured':>17}  {'the main job':>17}")
+    columns = parts(run), parts(job(options))
+    for part in sorted(columns[1], key=columns[0].__getitem__, reverse=True):
+        cells = (f"{1e3 * c[part]:8.2f} ms {100 * c[part] / c.total():5.1f} %" for c in columns)
+        print(f"  {part:44}  {'  '.join(cells)}")
 
-    params = [(W.copy(), b.copy()) for W, b in run.params]
     x, y = data.pixels(run.sets[0][:128]), run.sets[1][:128]
-    gradient = functools.partial(fpnl.es_gradient, params, x, y, np.random.default_rng(0), s.sigma, s.block)
+    gradient = functools.partial(run.gradient, run.params, x, y, np.random.default_rng(0))
     by_ftz = [functools.partial(gradient, ftz=ftz) for ftz in (True, "hardware", False)]
     emulated, hardware, off, varied = in_turn(*by_ftz, functools.partial(by_ftz[1], control_variate=True))
-    plain = functools.partial(fpnl.es_gradient_plain, params, x[:1], y[:1], np.random.default_rng(0), s.sigma)
+    plain = functools.partial(fpnl.es_gradient_plain, run.params, x[:1], y[:1], np.random.default_rng(0), s.sigma)
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
-    other = dataclasses.replace(run, method=controls.backprop)
-    es, sampled, reverse = in_turn(*(functools.partial(one_step, each) for each in (run, some, other)))
+    runs = run, job(options), job(every, controls.backprop)
+    es, sampled, reverse = in_turn(*(functools.partial(next, train.steps(each)) for each in runs))
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
@@ -157,17 +169,9 @@ def step(options=""):
     print(f"  the same, ES with importance sampling        {ratio(sampled, reverse):8.2f}")
 
 
-def shares(run):
-    """Share of the time of a step that each part takes itself, without the parts that it calls."""
-    parts = [
-        (train, "steps", "gradient products, order of the images"),
-        (data, "pixels", "pixels to float32"),
-        (run, "update", "AdamW"),
-        (fpnl, "mutation_signs", "random signs"),
-        (fpnl, "_task_slopes", "forward, mutations, slopes"),
-        (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
-    ]
-    spent, inside = collections.Counter(), [0.0]
+def parts(run):
+    """Seconds of a step that each part takes itself, without the parts that it calls."""
+    found, inside = collections.Counter(), [0.0]
 
     def timed(original, part):
         def call(*args, **options):
@@ -175,27 +179,40 @@ def shares(run):
             start = time.perf_counter()
             result = original(*args, **options)
             whole = time.perf_counter() - start
-            spent[part.format(args[1] + 1) if "{}" in part else part] += whole - inside.pop()
+            found[part.format(args[1] + 1) if "{}" in part else part] += (whole - inside.pop()) / ROUNDS
             inside[-1] += whole
             return result
 
         return call
 
     with contextlib.ExitStack() as stack:
-        for module, name, part in parts:
+        for module, name, part in [
+            (run, "update", "AdamW"),
+            (data, "pixels", "pixels to float32"),
+            (fpnl, "mutation_signs", "random signs"),
+            (fpnl, "gradient_from_slopes", "tasks, gradient products"),
+            (fpnl, "_slopes", "forward, mutations, slopes"),
+            (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
+        ]:
             stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part)))
-        for _ in range(5):
-            one_step(run)
-    return collections.Counter({part: time / spent.total() for part, time in spent.items()})
+        losses = timed(lambda *args: [*map(*args)], "losses, for the probabilities")
+        one_step = timed(functools.partial(next, train.steps(run, losses)), "order, draw, checks")
+        one_step()
+        found.clear()
+        for _ in range(ROUNDS):
+            one_step()
+    return found
 
 
 def noise(options="", steps=(0, 30, 120, 480), batches=12):
     """Standard deviation of the gradient over the mutations, in units of that over the batches."""
-    run, blocks = job(options, steps=0), (1, 2, 4, 8, 16)
+    run, blocks = train.begin(train.parse_args(options.split())), (1, 2, 4, 8, 16)
+    trained = train.steps(run)
     print(f"steps of training, layer, control variate, then the noise with blocks of {', '.join(map(str, blocks))}")
     print("(the last two layers have none, nor has the prediction alone)")
-    for done, target in itertools.pairwise((0, *steps)):
-        train.steps(run, done, target)
+    for target in steps:
+        while run.step < target:
+            next(trained)
         for name, control_variate in (("no", False), ("yes", True)):
             columns = [noise_of_layers(run, batches, block, control_variate) for block in blocks]
             for l, row in enumerate(zip(*columns)):
@@ -208,9 +225,8 @@ def noise_of_layers(run, batches, block, control_variate):
     for i in range(batches):
         rows = slice(i * s.batch, (i + 1) * s.batch)
         x, y = data.pixels(run.sets[0][rows]), run.sets[1][rows]
-        how = {"control_variate": control_variate, "ftz": run.net["ftz"]}
-        rngs = np.random.default_rng((0, i)), np.random.default_rng((1, i))
-        draws = [fpnl.es_gradient(run.params, x, y, rng, s.sigma, block, **how) for rng in rngs]
+        how = {"block": block, "control_variate": control_variate}
+        draws = [run.gradient(run.params, x, y, np.random.default_rng((k, i)), **how) for k in (0, 1)]
         drawn.append([[dW for dW, _ in grads[:-2]] for grads in draws])
     found = []
     for a, b in ([[draws[k][l] for draws in drawn] for k in (0, 1)] for l in range(len(s.sizes) - 3)):
@@ -222,19 +238,14 @@ def noise_of_layers(run, batches, block, control_variate):
 
 
 def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 1024, 2048)):
-    run = job(options)
-    args = train.parse_args(["--engine", "processes", "--workers", "2", *options.split()])
-    with train.here(args, run) as (_, _, descend, _):
-        two, one = in_turn(lambda: descend(20, 24, tick=time.time), lambda: train.steps(run, 20, 24))
-    print(f"2 workers: {ratio(one, two):.2f} times the speed of 1")
+    run, tasks = job(options), (4, 8, 16, 32, 64, 128)
     images, labels = data.pixels(run.sets[0][: max(batches)]), run.sets[1][: max(batches)]
 
     def gradients(n, width):
         """Of always the same examples, in batches of n, so that all cases find the caches alike."""
         params, rng = fpnl.init(np.random.default_rng(0), (784, width, width, 10)), np.random.default_rng(0)
         for start in range(0, len(images), n):
-            x, y = images[start : start + n], labels[start : start + n]
-            fpnl.es_gradient(params, x, y, rng, block=run.settings.block, ftz=run.net["ftz"])
+            run.gradient(params, images[start : start + n], labels[start : start + n], rng)
 
     for what, values, cases in (
         ("batch", batches, [functools.partial(gradients, n, 512) for n in batches]),
@@ -244,126 +255,109 @@ def scaling(options="", batches=(64, 128, 256, 512, 1024), widths=(256, 512, 102
         each = [ratio(case, times[1]) for case in times]
         print(f"time an example, {what} {', '.join(map(str, values))}: {', '.join(f'{r:.2f}' for r in each)}", end="")
         print(f"; exponent of the last doubling {math.log2(each[-1] / each[-2]):.2f}")
-    workers = (1, 2, 3, 4, 8, 16, 32, 64)
-    print("\nwhat the parts of a step, measured on one core, make of it on N cores that do not hinder one another: its")
-    print("milliseconds, and how many times the speed of 1; all of this memory is shared, so no bytes travel")
-    print("batch task  serial  a task   bands   a wait" + "".join(f"{f'N = {n}':>15}" for n in workers))
-    for batch, task in ((512, 128), (512, 64), (512, 32), (1024, 64)):
-        with mock.patch.object(train, "TASK", task):
-            model(job(f"{options} --batch {batch}"), workers)
+    times = zip(tasks, in_turn(*(slopes_of(fpnl, run, n, ftz="hardware") for n in tasks)))
+    each = ", ".join(f"{1e6 * statistics.median(case) / n:.0f}" for n, case in times)
+    print(f"us an example, slopes of a task of {', '.join(map(str, tasks))}: {each}")
+    threads = [n for n in (1, 2, 4, 8, 16) if n <= data.cores()]
+    print(f"\nms a step on one thread, and times its speed on {', '.join(map(str, threads))}")
+    for case in ("", "--importance 0", "--importance 0 --batch 2048"):
+        with contextlib.ExitStack() as stack:
+            steps = [stack.enter_context(stepping(f"{options} {case} --workers {n}")) for n in threads]
+            times = in_turn(*steps)
+        gains = "".join(f"{ratio(times[0], each):8.2f}" for each in times)
+        print(f"{case or 'the main job':30} {1e3 * statistics.median(times[0]):8.1f}{gains}")
 
 
-def model(run, workers):
-    """A row: every worker draws order and signs, has ceil(tasks / N) tasks and its bands, and waits twice. A wait is
-    measured with two processes and taken to cost in proportion to their number, as each is woken in turn."""
-    s = run.settings
-    images = np.arange(s.batch)
-
-    layers = [*zip(*(train.as_layers(flat, s.sizes) for flat in (run.weights, *run.moments)))]
-    drawn, tasks, bands, some = [], [], [], train.measured_columns(run)
-    for _ in range(ROUNDS):
-        rng = np.random.default_rng(0)
-        drawn.append(seconds(lambda rng=rng: fpnl.mutation_signs(rng, run.params, s.batch)))
-        tasks.append(seconds(lambda: list(train.measure(run, 0, images, 0, 1))))
-        bands.append([])
-        for l, band in train.bands(s.sizes):
-            began = time.perf_counter()
-            weights, *moments = (array[band] for array in layers[l])
-            fpnl.adamw(weights, train.gradient(run, l, band, some), *moments, 1000, 0.0)
-            bands[-1].append(time.perf_counter() - began)
-    count = math.ceil(s.batch / train.TASK)
-    serial, bands = statistics.median(drawn), [statistics.median(column) for column in zip(*bands)]
-    task, wait = (statistics.median(tasks) - serial) / count, waiting()
-    shares = {n: max(sum(bands[rank::n]) for rank in range(n)) for n in workers}
-    steps = {n: serial + math.ceil(count / n) * task + shares[n] + (n > 1) * wait * n for n in workers}
-    parts = "".join(f"{1e3 * part:8.2f}" for part in (serial, task, sum(bands))) + f"{1e3 * wait:9.3f}"
-    cells = "".join(f"{f'{1e3 * steps[n]:.1f} {steps[1] / steps[n]:5.1f}x':>15}" for n in workers)
-    print(f"{s.batch:5} {train.TASK:4}{parts}{cells}")
+def slopes_of(module, run, n, **how):
+    """A function that measures those of n images, by one fpnl or another."""
+    signs = fpnl.mutation_signs(np.random.default_rng(0), run.params, n)
+    rows = data.pixels(run.sets[0][:n]), run.sets[1][:n], signs
+    return functools.partial(module.es_slopes, run.params, *rows, **how)
 
 
-def waiting(rounds=1000):
-    """Seconds that a barrier takes of two processes."""
-    barrier = multiprocessing.Barrier(2)
-    other = multiprocessing.Process(target=wait_at, args=(barrier, rounds))
-    other.start()
-    wait_at(barrier, rounds // 2)
-    found = seconds(functools.partial(wait_at, barrier, rounds // 2))
-    other.join()
-    return found / (rounds // 2)
+def slopes(folder=ROOT, options="", rounds=25):
+    spec = importlib.util.spec_from_file_location("other", pathlib.Path(folder) / "fpnl.py")
+    other, run = importlib.util.module_from_spec(spec), job(options)
+    spec.loader.exec_module(other)
+    print(f"us an example          here    there    ratio   ({folder})")
+    for n, ftz, control_variate in itertools.product((32, 64, 128), (True, "hardware"), (False, True)):
+        cases = (slopes_of(module, run, n, ftz=ftz, control_variate=control_variate) for module in (fpnl, other))
+        here, there = (1e6 * min(times) / n for times in in_turn(*cases, rounds=rounds))
+        case = f"{n} {'emulated' if ftz is True else 'flags'}{', cv' * control_variate}"
+        print(f"{case:18} {here:8.1f} {there:8.1f} {here / there:8.3f}")
 
 
-def wait_at(barrier, rounds):
-    for _ in range(rounds):
-        barrier.wait()
+def against(folder=ROOT, *options, rounds=3):
+    programs = [pathlib.Path(place, "train.py").resolve(strict=True) for place in (ROOT, folder)]
+
+    def spent(program):
+        before = os.times()
+        subprocess.run([sys.executable, program, "--quiet", *options], check=True)
+        after = os.times()
+        return after.elapsed - before.elapsed, sum(after[2:4]) - sum(before[2:4])  # CPU time of processes that ended
+
+    here, there = zip(*[[spent(program) for program in programs] for _ in range(rounds)])
+    print(f"seconds of a run       here    there    ratio   ({folder})")
+    for what, ours, theirs in zip(("of the clock", "of the CPU"), zip(*here), zip(*there)):
+        cells = statistics.median(ours), statistics.median(theirs), ratio(ours, theirs)
+        print("{:18} {:8.1f} {:8.1f} {:8.3f}".format(what, *cells))
 
 
 def memory(options="--epochs 0.2"):
-    """Peak of the sum over all processes of what each has of its own and its part of what they share."""
-    command = [sys.executable, train.__file__, "--reports", "1", "--quiet", *options.split()]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, sum(map(proportional_bytes, family(process.pid))))
-            time.sleep(0.05)
-    print(f"`train.py`, {train.cores()} workers: peak memory {peak / 1e6:.0f} MB")
+    code = "import sys, train; train.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", code, "--reports", "1", "--quiet", *options.split()]
+    status = subprocess.run(command, cwd=ROOT, check=True, stdout=-1, text=True).stdout
+    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    print(f"`train.py`, {data.cores()} workers: peak memory {peak / 1e6:.0f} MB")
 
 
 def engines(options="", batches=(128, 256, 512, 1024)):
     """Each case in processes of its own, started as the README says."""
     mpiexec = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    # The workers import train. MPICH takes the network's way on one machine too, as between machines.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPIR_CVAR_NOLOCAL": "1"}
-    print(f"engine     workers   ms a step with batches of {', '.join(map(str, batches))}")
-    for engine, workers in itertools.product(("processes", "mpi", "dask"), (1, 2)):
+    environment = os.environ | {"MPIR_CVAR_NOLOCAL": "1"}  # MPICH takes the network's way, as between machines
+    cases = ["", *(f"--importance 0 --batch {batch}" for batch in batches)]
+    print(f"ms a step: the main job's; with --importance 0 and batches of {', '.join(map(str, batches))}")
+    for engine, workers in itertools.product(("threads", "mpi", "dask"), (1, 2)):
         times = []
-        for batch in batches:
-            start = [sys.executable, __file__]
+        for case in cases:
+            start, how = [sys.executable, __file__], f"--workers {workers}"
             if engine == "mpi":
-                start = [mpiexec, "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", __file__]
-            case = f"--engine {engine} --workers {workers} --batch {batch} {options}"
-            done = subprocess.run([*start, "engine_step", case], env=environment, check=True, stdout=-1, text=True)
+                start, how = [mpiexec, "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", __file__], ""
+            start += ["engine_step", f"--engine {engine} {how} {case} {options}"]
+            done = subprocess.run(start, env=environment, check=True, stdout=-1, text=True)
             times.append(f"{1e3 * float(done.stdout):8.1f}")
         print(f"{engine:10} {workers:7}{''.join(times)}")
-    run = job(options, steps=0)
-    sizes = run.settings.sizes
-    there, back = 4 * run.weights.size, 4 * (sum(i + 1 for i in sizes[:-1]) + sum(sizes[1:]))
-    print(f"between mpi or dask and its workers: {there:,} bytes to each a step, {back:,} back for each image")
+
+    def counting(work, lists):
+        found = [*map(work, lists)]
+        there, back = (len(pickle.dumps(each)) for each in ((work, lists[0]), found))
+        print(f"{case or 'the main job'}: {there:,} bytes to each of two workers a step, {back:,} back from both")
+        return found
+
+    for case in cases[:1] + cases[-1:]:
+        next(train.steps(job(f"{case} {options}"), map_tasks=counting, workers=2))
 
 
 def engine_step(options):
     """Prints the median of the seconds of a step of the main job."""
-    args = train.parse_args(options.split())
-    run, *_ = train.begin(args, train.es, None)
-    crew = train.elsewhere if args.engine in train.REMOTE else train.here
-    with crew(args, run) as (_, _, descend, _):
-        times = [seconds(lambda k=k: descend(k, k + 1, tick=time.time)) for k in range(3 + ROUNDS)]
+    with stepping(options) as one_step:
+        times = [seconds(one_step) for _ in range(3 + ROUNDS)]
     print(statistics.median(times[3:]))
 
 
-def family(pid):
-    """A process and all that descend from it."""
-    with contextlib.suppress(OSError):
-        yield pid
-        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                yield from family(int(child))
-
-
-def proportional_bytes(pid):
-    with contextlib.suppress(OSError):  # it may have ended
-        return int(pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().partition("\nPss:")[2].split()[0]) * 1024
-    return 0
-
-
 def main():
-    sections = {function.__name__: function for function in (arithmetic, step, noise, scaling, memory, engines)}
-    for name in (chosen := sys.argv[1:] or [*sections]):
+    functions = arithmetic, step, noise, scaling, memory, engines, slopes, against
+    sections = {function.__name__: function for function in functions}
+    chosen, arguments = sys.argv[1:] or [*sections][:-1], []
+    if chosen[0] in ("slopes", "against"):
+        chosen, arguments = chosen[:1], chosen[1:]
+    for name in chosen:
         if name not in sections:
             raise ValueError(f"expected sections, of {', '.join(sections)}, found {name}")
     print(data.provenance())
     for name in chosen:
-        print(f"\n--- {name}")
-        sections[name]()
+        print(f"\n--- {name}", flush=True)
+        sections[name](*arguments)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def transfer(axes):
     z = np.linspace(-1.5, 1.5, 3001, dtype=np.float32)
     one = [(np.ones((1, 1), np.float32), np.zeros(1, np.float32))]
     for ftz, label, colour, style in ((False, "gradual underflow", ORANGE, "--"), (True, "flush to zero", BLUE, "-")):
-        h = fpnl.activations(one, z[:, None], ftz)[0][:, 0].astype(np.float64) * 2.0**126
+        h = 2 * fpnl.activations(one, z[:, None], ftz)[0][:, 0]
         axes.plot(z, h, style, color=colour, label=label, linewidth=1.8)
     axes.set(xlabel="z = x @ W + b", ylabel="z / S in float32, in units of 2$^{-126}$")
     axes.legend(frameon=False, loc="upper left")

@@ -40,24 +40,23 @@ import train
 MARKS = 0.80, 0.85, 0.90, 0.967, 0.975
 
 
-# --- Trainers: generators of functions that return weights [(W, b), ...], one after each step ------------------------
+# --- Trainers: generators of functions that return weights [(W, b), ...], a step apart --------------------------------
 
 
 def loop(row, sets, options, seed, **_):
     """A row of controls.py, by the loop of train.py."""
     _, method, transfer, chosen = controls.ROWS[row]
     args = train.parse_args([*chosen.split(), *options, "--seed", str(seed)])
-    run, *_ = train.begin(args, method, transfer)
-    with train.here(args, run) as (run, _, descend, _):
-        for step in range(run.steps):
-            descend(step, step + 1, tick=time.time)
+    run = train.begin(args, method, transfer)
+    with train.engine(args) as (map_pieces, map_tasks, _, lists):
+        for _ in train.steps(run, map_pieces, map_tasks=map_tasks, workers=lists):
             yield lambda: run.params
 
 
 def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
     """g = E[(L(w + sigma e) - L(w - sigma e)) e] / (2 sigma) over pairs of members, a share of them a thread; AdamW."""
-    rng, threads = np.random.default_rng(seed), train.cores()
-    w = train.flattened(fpnl.init(rng))
+    rng, threads = np.random.default_rng(seed), data.cores()
+    w = controls.flattened(fpnl.init(rng))
     m, v = np.zeros_like(w), np.zeros_like(w)
 
     def share(x, y, pairs, rng):
@@ -74,11 +73,11 @@ def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
             pairs = [len(part) for part in np.array_split(np.arange(members // 2), threads)]
             g = sum(pool.map(functools.partial(share, x, y), pairs, rng.spawn(threads)))
             fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr, decay)
-            yield lambda: train.as_params(w, fpnl.SIZES)
+            yield lambda: controls.as_params(w, fpnl.SIZES)
 
 
 def network(w, x):
-    return fpnl.forward(train.as_params(w, fpnl.SIZES), x, ftz="hardware")
+    return fpnl.forward(controls.as_params(w, fpnl.SIZES), x, ftz="hardware")
 
 
 def random_signs(rng, n):
@@ -146,14 +145,14 @@ def evotorch(name, sets, seed, members, sigma, lr, batch, **_):
                 losses.append(torch.nn.functional.cross_entropy(outputs([*zip(parts[::2], parts[1::2])], x, t), y))
             members.set_evals(torch.stack(losses))
 
-    start = torch.from_numpy(train.flattened(fpnl.init(rng)))
+    start = torch.from_numpy(controls.flattened(fpnl.init(rng)))
     how = {"popsize": members, "stdev_init": sigma, "center_init": start, "center_learning_rate": lr}
     how |= {"stdev_learning_rate": 0.1, "optimizer": "adam"} if name == "PGPE" else {}
     problem = Losses("min", solution_length=len(start), dtype=torch.float32)
     searcher = getattr(evotorch.algorithms, name)(problem, **how)
     while True:
         searcher.step()
-        yield lambda: train.as_params(searcher.status["center"].clone().numpy(), fpnl.SIZES)
+        yield lambda: controls.as_params(searcher.status["center"].clone().numpy(), fpnl.SIZES)
 
 
 def outputs(params, x, t):

@@ -9,8 +9,8 @@ import numpy as np
 import peers
 import pytest
 
+import data
 import fpnl
-import train
 from test_fpnl import RNG, ROOT, needs_hardware
 
 
@@ -34,27 +34,24 @@ def test_population_es_is_the_estimate_of_the_textbook(draw, monkeypatch):
     """One step, the mutations known: the gradient that AdamW gets is the mean of (L(w + sigma e) - L(w - sigma e)) e
     over the pairs, over 2 sigma."""
     monkeypatch.setattr(fpnl, "SIZES", (6, 5, 3))
-    monkeypatch.setattr(peers.fpnl, "init", lambda rng: init(RNG(4), fpnl.SIZES))
+    monkeypatch.setattr(peers.fpnl, "init", lambda rng, init=fpnl.init: init(RNG(4), fpnl.SIZES))
     drawn, given = [], []
     sets = RNG(1).integers(0, 256, (20, 6), dtype=np.uint8), RNG(2).integers(0, 3, 20)
     noise = [draw(RNG(i), 53) for i in range(6)]
     monkeypatch.setattr(fpnl, "adamw", lambda w, g, m, v, *how: given.append((g.copy(), how)))
-    monkeypatch.setattr(train, "cores", lambda: 2)
+    monkeypatch.setattr(data, "cores", lambda: 2)
     steps = peers.population(lambda rng, n: drawn.append(n) or noise[len(drawn) - 1], sets, 3, 12, 0.05, 0.1, 0.3, 16)
     params = next(steps)()
     images = RNG(3).integers(0, 20, 16)
-    x, y, w = sets[0][images] / np.float32(255), sets[1][images], train.flattened(params)
+    x, y, w = sets[0][images] / np.float32(255), sets[1][images], peers.controls.flattened(params)
 
     def loss(w):
-        return float(fpnl.loss(fpnl.forward(train.as_params(w.astype(np.float32), fpnl.SIZES), x), y))
+        return float(fpnl.loss(fpnl.forward(peers.controls.as_params(w.astype(np.float32), fpnl.SIZES), x), y))
 
     expected = np.mean([(loss(w + 0.05 * e) - loss(w - 0.05 * e)) * e for e in noise], axis=0) / 0.1
     [(found, how)] = given
     assert drawn == [53] * 6 and how == (1, 0.1, 0.3)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-
-
-init = fpnl.init
 
 
 def test_random_signs_are_signs():

@@ -9,12 +9,13 @@ Each run leaves its log and weights in the folder; the ES-trained weights are th
 last lines are a table, mean and standard deviation over the seeds. Settings of the controls were chosen on
 `--validation 5000` (docs/RESULTS.md).
 
-A control is another function in the place of `train.es`: it returns the inputs [fan_in + 1, n] of each layer, the last
-row 1 if its bias learns, else 0, and the slopes [width, n] of the loss along its sums. The derivatives are here;
-gates.py and linearized.py use `forward` and `backward`, too.
+A control is another function in the place of `train.es`. It makes a `gradient`, whose slopes are derivatives: those are
+here, and gates.py and linearized.py use them, too.
 """
 
 import argparse
+import functools
+import itertools
 import os
 import pathlib
 import statistics
@@ -60,52 +61,87 @@ def softmax_error(logits, labels, smoothing=0):
     return p - p.dtype.type(smoothing / p.shape[1])
 
 
+def gradient(settings, biases, slopes, params, x, labels, rng, weights, return_losses, **mapping):
+    """As `fpnl.es_gradient` returns it, with the losses, but from other slopes; the biases of so many layers learn.
+
+    slopes : a function of params, x and labels, which returns the outputs [n, width] of each layer, the last the
+        logits, and the slopes [n, width] of each image's loss along its sums. More images are taken together than by
+        ES, whose products are larger.
+    """
+    no_signs, measure = np.zeros((len(x), 0), np.int8), functools.partial(in_columns, slopes)
+    rows = params, x, labels, no_signs, weights
+    grads, logits = fpnl.gradient_from_slopes(measure, *rows, task=4 * settings.task, **mapping)
+    losses = fpnl.cross_entropy(logits, labels, settings.smoothing)
+    return [(dW, db * (l < biases)) for l, (dW, db) in enumerate(grads)], losses
+
+
+def in_columns(slopes, params, x, labels, signs):
+    """As fpnl takes them: an image a column."""
+    return [[a.T for a in of_layers] for of_layers in slopes(params, x, labels)]
+
+
+def flattened(params):
+    """A copy of all weights and biases in one array: W1, b1, W2, b2, ..."""
+    return np.concatenate([a.ravel() for a in fpnl.leaves(params)])
+
+
+def as_params(flat, sizes):
+    """The inverse: [(W, b), ...], views of the flat array."""
+    ends = np.cumsum([(i + 1) * o for i, o in itertools.pairwise(sizes)])
+    layers = [part.reshape(-1, o) for part, o in zip(np.split(flat, ends[:-1]), sizes[1:])]
+    return [(layer[:-1], layer[-1]) for layer in layers]
+
+
 # --- Methods: what drives the weights ------------------------------------------------------------------
 
 
-def backprop(settings, net, params, x, labels, signs):
+def backprop(settings, net):
     """Every derivative is 1: right for a linear network (transfer=np.positive), blind to the flush of another."""
-    return chain(settings, net, params, x, labels, lambda hs: [1] * len(hs), len(params))
+    slopes = functools.partial(chain, np.ones_like, np.ones_like, settings, net)
+    return functools.partial(gradient, settings, len(settings.sizes), slopes)
 
 
-def deadzone(settings, net, params, x, labels, signs):
+def deadzone(settings, net):
     """The derivative of a flush is 0 where a unit is dead, and 0 for the later biases."""
-    return chain(settings, net, params, x, labels, lambda hs: [h != 0 for h in hs], 1)
+    return functools.partial(gradient, settings, 1, functools.partial(chain, live, live, settings, net))
 
 
-def relu(settings, net, params, x, labels, signs):
+def relu(settings, net):
     """Of a ReLU network; its logits are linear."""
-    return chain(settings, net, params, x, labels, lambda hs: [h != 0 for h in hs[:-1]] + [1], len(params))
+    slopes = functools.partial(chain, live, np.ones_like, settings, net)
+    return functools.partial(gradient, settings, len(settings.sizes), slopes)
 
 
-def prediction(settings, net, params, x, labels, signs):
-    """The control variate alone: members of the logits only, and below them the chain rule, in which the movement of
-    a unit's own output across +-sigma |a|, c_j / (2 sigma |a|), is its derivative."""
+def prediction(settings, net):
+    """The control variate alone."""
+    return functools.partial(gradient, settings, 1, functools.partial(predicted, settings))
+
+
+live = functools.partial(np.not_equal, 0)
+
+
+def chain(of_hidden, of_last, settings, net, params, x, labels):
+    """By the chain rule, from what makes derivatives out of the outputs of a layer."""
+    *hidden, logits = fpnl.activations(params, x, **net)
+    delta = softmax_error(logits, labels, settings.smoothing) * of_last(logits)
+    return [*hidden, logits], backward(params, map(of_hidden, hidden), delta)
+
+
+def predicted(settings, params, x, labels):
+    """Members of the logits only, and below them the chain rule, in which the movement of a unit's own output across
+    +-sigma |a|, c_j / (2 sigma |a|), is its derivative."""
     inputs, sums = forward(params, x, dead_zone)
     sizes = [np.sum(a * a, axis=1, keepdims=True) + (l == 0) for l, a in enumerate(inputs)]
     shifts = [np.float32(settings.sigma) * np.sqrt(size) for size in sizes]  # 0 where the input is: then 0 / TINY
     up, down = ([dead_zone(z + sign * s) for z, s in zip(sums, shifts)] for sign in (1, -1))
     *derivatives, _ = ((a - b) / np.maximum(2 * s, fpnl.TINY) for a, b, s in zip(up, down, shifts))
-    members = np.tile(dead_zone(sums[-1]), (2, sums[-1].shape[1], 1, 1))  # [mirror, logit, n, classes]
+    outputs = [*inputs[1:], dead_zone(sums[-1])]
+    members = np.tile(outputs[-1], (2, outputs[-1].shape[1], 1, 1))  # [mirror, logit, n, classes]
     for j in range(members.shape[1]):
         members[:, j, :, j] = up[-1][:, j], down[-1][:, j]
-    losses = train.losses(settings)(members, labels)
+    losses = fpnl.cross_entropy(members, labels, settings.smoothing)
     delta = (losses[0] - losses[1]).T / np.maximum(2 * shifts[-1], fpnl.TINY)
-    return in_columns(inputs, backward(params, derivatives, delta), 1)
-
-
-def chain(settings, net, params, x, labels, derivatives, biases):
-    """By the chain rule; `derivatives` makes those of all layers out of their outputs."""
-    hs = fpnl.activations(params, x, **net)
-    hs = hs if net["transfer"] else [h * fpnl.SCALE for h in hs]
-    *hidden, last = derivatives(hs)
-    deltas = backward(params, hidden, softmax_error(hs[-1], labels, settings.smoothing) * np.float32(last))
-    return in_columns([x, *hs[:-1]], deltas, biases)
-
-
-def in_columns(inputs, deltas, biases):
-    """As the loop takes them; the biases of so many layers learn."""
-    return [train.with_bias(a.T, l < biases) for l, a in enumerate(inputs)], [delta.T for delta in deltas]
+    return outputs, backward(params, derivatives, delta)
 
 
 def dead_zone(z):
@@ -149,7 +185,7 @@ def compare(folder, rows, seeds, options):
     for (seed, row), args in tasks.items():
         says, method, transfer, _ = ROWS[row]
         print(f"\n{says}, seed {seed}")
-        trained, held = train.train(args, method, transfer)
+        trained, held = train.train(args, train.begin(args, method, transfer))
         table.setdefault(says, []).append((trained[1], held[1]))
         post[says] = POST.get(row, "")
         if row == "es":
@@ -175,43 +211,39 @@ def arguments(folder, row, seed, options):
 
 def seconds(args, method, transfer, steps=3):
     """That a run will take, its reports left out: from its first steps, in which nearly all images are measured."""
-    run, *_ = train.begin(args, method, transfer)
-    with train.here(args, run) as (_, _, descend, _):
-        descend(0, 1, tick=time.perf_counter)
+    run = train.begin(args, method, transfer)
+    with train.engine(args) as (map_pieces, map_tasks, _, lists):
+        loop = train.steps(run, map_pieces, map_tasks=map_tasks, workers=lists)
+        next(loop)
         began = time.perf_counter()
-        descend(1, 1 + steps, tick=time.perf_counter)
-        return (time.perf_counter() - began) / steps * run.steps
+        done = len([*itertools.islice(loop, steps)])
+        return (time.perf_counter() - began) / max(done, 1) * run.settings.steps
 
 
 def under_other_arithmetic(args, log, held_out):
     """(name, accuracy on both sets) of the same weights in networks that differ in nothing but their arithmetic."""
     params, _ = data.load_weights(args.save)
-    sets, W, b = data.load(args.data, args.validation), np.eye(len(params[0][0])), 0
+    sets, network = data.load(args.data, args.validation), functools.partial(fpnl.forward, params)
+    W, b = np.eye(sets[0].shape[1]), np.zeros(sets[0].shape[1])
     for V, c in params:
-        W, b = W @ V.astype(float), b @ V.astype(float) + c if np.ndim(b) else c.astype(float)
-    flat = W.astype(np.float32), b.astype(np.float32)
-    networks = {
-        "flush off": lambda x: fpnl.forward(params, x, ftz=False),
-        "flattened to one matrix": lambda x: x @ flat[0] + flat[1],
-    }
+        W, b = W @ V.astype(float), b @ V.astype(float) + c
+    flat = functools.partial(fpnl.forward, [(W.astype(np.float32), b.astype(np.float32))], transfer=np.positive)
+    networks = {"flush off": functools.partial(network, ftz=False), "flattened to one matrix": flat}
     if args.flush == "hardware":
-        networks["the CPU's own flush"] = lambda x: fpnl.forward(params, x, ftz="hardware")
-        ours, cpu = (
-            logits(lambda x, ftz=f: fpnl.forward(params, x, ftz), sets[2]).view("u4") for f in (True, "hardware")
-        )
+        networks["the CPU's own flush"] = functools.partial(network, ftz="hardware")
+        ours, cpu = (logits(f, sets[2]).view("u4") for f in (network, networks["the CPU's own flush"]))
         print(f"logits that differ between the emulation and the CPU's flags: {np.sum(ours != cpu)} of {ours.size}")
     with open(log, "w", encoding="utf-8", errors="backslashreplace") as file:
         print(f"# {args.save} with every scale at S\nlog2S,{held_out}", file=file)
         for exponent in EXPONENTS:
-            scale = np.float32(2.0**exponent)
-            found = fpnl.accuracy(logits(lambda x, s=scale: fpnl.forward(params, x, scale=s), sets[2]), sets[3])
-            print(exponent, found, sep=",", file=file)
+            scaled = functools.partial(network, scale=np.float32(2.0**exponent))
+            print(exponent, fpnl.accuracy(logits(scaled, sets[2]), sets[3]), sep=",", file=file)
     return [(name, [fpnl.accuracy(logits(f, sets[i]), sets[i + 1]) for i in (0, 2)]) for name, f in networks.items()]
 
 
 def logits(network, images):
-    pieces = range(0, len(images), train.PIECE)
-    return np.concatenate([network(data.pixels(images[i : i + train.PIECE])) for i in pieces])
+    pieces = (data.pixels(images[i : i + 1000]) for i in range(0, len(images), 1000))
+    return np.concatenate([*map(network, pieces)])
 
 
 def main():
@@ -225,14 +257,15 @@ def main():
     with train.command():
         given = train.parse_args(options)
         if given.seed or any((given.log, given.save, given.resume, given.evaluate)):
-            raise ValueError(
-                f"expected other options than --seed, --log, --save, --resume, --evaluate, found {options}"
-            )
+            says = "expected other options than --seed, --log, --save, --resume, --evaluate"
+            raise ValueError(f"{says}, found {options}")
         try:
             compare(args.folder, args.rows, args.seeds, options)
         except KeyboardInterrupt as stop:
-            train.fail(f"interrupted: what is done is in {args.folder}", "", stop.args[2] if stop.args else 130)
+            train.fail(f"interrupted: what is done is in {args.folder}", "", 128 + (*stop.args, train.signal.SIGINT)[0])
 
 
 if __name__ == "__main__":
-    main()
+    import controls  # by this name its functions are known to workers elsewhere
+
+    controls.main()

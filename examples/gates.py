@@ -38,12 +38,11 @@ import os
 import pathlib
 import statistics
 import sys
-import zlib
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a process
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import controls
 import numpy as np
-from controls import backward, forward, in_columns, softmax_error
 
 import data
 import fpnl
@@ -86,29 +85,28 @@ def derivative(unit, z):
 
 
 def backprop(unit, params, x, labels):
-    """Inputs [n, fan_in] of each layer, dL/dz [n, width] of each image's loss, and the outputs [n, classes]."""
-    inputs, sums = forward(params, x, transfer(unit))
+    """Outputs [n, width] of each layer, the last the logits, and dL/dz [n, width] of each image's loss."""
+    (_, *hidden), sums = controls.forward(params, x, transfer(unit))
     derivatives = [derivative(unit, z) for z in sums[:-1]]
-    return inputs, backward(params, derivatives, softmax_error(sums[-1], labels)), sums[-1]
+    return [*hidden, sums[-1]], controls.backward(params, derivatives, controls.softmax_error(sums[-1], labels))
 
 
 def gradient(unit, params, x, labels):
     """Of the mean loss by all weights and biases, flat."""
-    inputs, deltas, _ = backprop(unit, params, x, labels)
-    return train.flattened([(a.T @ delta / len(x), delta.mean(axis=0)) for a, delta in zip(inputs, deltas)])
+    outputs, deltas = backprop(unit, params, x, labels)
+    return controls.flattened([(a.T @ delta / len(x), delta.mean(axis=0)) for a, delta in zip([x, *outputs], deltas)])
 
 
-def start(unit, method, hidden, sets, **settings):
+def start(unit, method, hidden, sets, seed, epochs, **settings):
     """A run of train.py's loop, on these sets."""
-
-    def by_backprop(settings, net, params, x, labels, signs):
-        return in_columns(*backprop(unit, params, x, labels)[:2], len(params))
-
-    x, y = sets[:2]
-    chosen = {"data": zlib.crc32(y), "inputs": x.shape[1], "classes": CLASSES, "hidden": hidden, "method": method}
-    settings = train.Settings(**chosen, **settings, flush="on", control_variate=True, importance=0)
-    net = {"ftz": True, "transfer": transfer(unit)}
-    return train.fresh(settings, sets, net, train.es if method == "ES" else by_backprop)
+    fixed = {"sigma": 0.02, "block": 8, "smoothing": 0, "control_variate": True, "importance": 0, "task": 64}
+    s, net = argparse.Namespace(**fixed | settings, seed=seed), {"ftz": True, "transfer": transfer(unit)}
+    s.images = len(sets[0])
+    s.steps = max(1, round(epochs * (s.images // s.batch)))
+    params = fpnl.init(np.random.default_rng((seed, train.INIT)), (sets[0].shape[1], *hidden, CLASSES))
+    by_backprop = functools.partial(controls.gradient, s, len(params), functools.partial(backprop, unit))
+    gradient = train.es(s, net) if method == "ES" else by_backprop
+    return train.fresh(s, sets, functools.partial(fpnl.activations, **net), gradient, params)
 
 
 @functools.cache
@@ -126,11 +124,11 @@ def images(folder, validation):
 def learn(method, unit, seed, args):
     """Rows (measure, at, value), of the network after some epochs."""
     sets, (lr, decay) = images(args.data, args.validation), SETTINGS[unit]
-    options = {"seed": seed, "epochs": args.epochs, "batch": BATCH, "block": 8, "lr": lr, "weight_decay": decay}
+    options = {"seed": seed, "epochs": args.epochs, "batch": BATCH, "lr": lr, "weight_decay": decay}
     run = start(unit, method, (args.width, args.width), sets, **options)
-    train.steps(run, 0, max(1, run.steps))
-    logits = fpnl.forward(run.params, sets[2], **run.net)
-    return [(f"{method} test %", args.epochs, 100 * fpnl.accuracy(logits, sets[3]))]
+    for _ in train.steps(run):
+        pass
+    return [(f"{method} test %", args.epochs, 100 * fpnl.accuracy(run.outputs(run.params, sets[2])[-1], sets[3]))]
 
 
 def flow(unit, seed, args):
@@ -156,8 +154,8 @@ def pooled(x):
 def hessian(unit, params, x, labels):
     """Second derivatives of the loss by the weights and biases [P, P], by complex steps of its gradient: exact, and of
     the smooth piece of the loss around params, as all hard gates are held."""
-    theta, sizes = train.flattened(params), (x.shape[1], *(len(b) for _, b in params))
-    steps = (train.as_params(theta + 1e-20j * e, sizes) for e in np.eye(len(theta)))
+    theta, sizes = controls.flattened(params), (x.shape[1], *(len(b) for _, b in params))
+    steps = (controls.as_params(theta + 1e-20j * e, sizes) for e in np.eye(len(theta)))
     return np.array([gradient(unit, step, x, labels).imag / 1e-20 for step in steps])
 
 
@@ -167,18 +165,16 @@ def curvature(unit, seed, args):
     x, rows = pooled(x), []
     options = {"seed": seed, "epochs": SMALL_STEPS, "batch": len(x), "lr": 0.02, "weight_decay": 0}
     run = start(unit, "backprop", SMALL_HIDDEN, (x, y, x, y), **options)
-    looks = sorted({0, SMALL_STEPS, *np.geomspace(10, SMALL_STEPS, LOOKS - 1).astype(int).tolist()})
-    for step, following in itertools.zip_longest(looks, looks[1:]):
+    looks = {0, SMALL_STEPS, *np.geomspace(10, SMALL_STEPS, LOOKS - 1).astype(int).tolist()}
+    for step in (run.step for _ in train.steps(run) if run.step in looks):
         params = [tuple(a.astype(np.float64) for a in layer) for layer in run.params]
         eigenvalues = np.linalg.eigvalsh(hessian(unit, params, x, y))
-        loss = fpnl.loss(fpnl.forward(run.params, x, **run.net), y)
+        loss = fpnl.loss(run.outputs(run.params, x)[-1], y)
         rows += [("loss", step, loss), ("slope", step, np.abs(gradient(unit, params, x, y)).max())]
         for tolerance in TOLERANCES:
             bound = tolerance * np.abs(eigenvalues).max()
             rows.append((f"alpha {tolerance:g} %", step, 100 * np.mean(eigenvalues < -bound)))
             rows.append((f"gamma {tolerance:g} %", step, 100 * np.mean(np.abs(eigenvalues) <= bound)))
-        if following:
-            train.steps(run, step, following)
     return rows
 
 

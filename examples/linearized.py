@@ -94,13 +94,18 @@ def tangent_kernel(weights, x, transfer, descent, response):
     return kernel.transpose(1, 0, 3, 2).reshape(sums[-1].size, -1).astype(float)
 
 
+def squared(f, y):
+    """The loss of each image, |f - y|^2 / 2, and dL/df."""
+    return np.square(f - y).sum(axis=1) / 2, f - y
+
+
 def cross_entropy(f, y):
-    """dL/df, a sum over images; y > 0 for the right class. One output is logistic: a softmax beside an output of 0."""
-    p = np.exp(f)
-    return p / (p.sum(axis=1, keepdims=True) + (f.shape[1] == 1)) - (y > 0)
+    """The same; y > 0 for the right class. One output is logistic: a softmax beside an output of 0."""
+    right, total = (y > 0), np.exp(f).sum(axis=1, keepdims=True) + (f.shape[1] == 1)
+    return np.log(total[:, 0]) - (f * right).sum(axis=1), np.exp(f) / total - right
 
 
-LOSSES = {"squared": np.subtract, "cross-entropy": cross_entropy}  # dL/df; squared: of |f - y|^2 / 2, a sum as well
+LOSSES = {"squared": squared, "cross-entropy": cross_entropy}
 
 
 def descend(weights, kernel, x, y, transfer, slope, loss, eta, beta):
@@ -108,33 +113,27 @@ def descend(weights, kernel, x, y, transfer, slope, loss, eta, beta):
     theta_0 + J_descent^T c, its outputs are f_0 + Theta c. The rate with momentum beta is eta (1 - beta).
     -> f, f_lin [reports, points, outputs]."""
 
-    def method(settings, net, params, x, y, signs):
-        inputs, sums = forward([V for V, _ in params], x, transfer)
-        deltas = backward([V for V, _ in params], sums, slope, loss(sums[-1], y).astype(np.float32))
-        return controls.in_columns(inputs, deltas, 0)
+    def gradient(params, x, y, rng, **_):  # of the sum over the images
+        inputs, sums = forward(fpnl.leaves(params), x, transfer)
+        losses, delta = loss(sums[-1], y)
+        deltas = backward(fpnl.leaves(params), sums, slope, delta.astype(np.float32))
+        return [[a.T @ delta] for a, delta in zip(inputs, deltas)], losses
 
-    def update(p, g, m, v, step, lr, weight_decay):
-        m *= np.float32(beta)
-        m -= np.float32(rate * n) * g  # g is a mean over images, the loss a sum
-        p += m
+    def update(params, grads, moments, v, step, lr, weight_decay):
+        for V, g, m in zip(*map(fpnl.leaves, (params, grads, moments))):
+            m *= np.float32(beta)
+            m -= np.float32(rate) * g
+            V += m
 
     n, rate, found = len(y), eta * (1 - beta), []
-    sizes = [len(V) for V in weights] + [y.shape[1]]
-    settings = train.Settings(
-        0, sizes[0], sizes[-1], slope, "on", hidden=tuple(sizes[1:-1]), batch=n, epochs=REPORTS[-1], importance=0
-    )
-    run = train.fresh(settings, (x[:n], y), None, method, update)
-    for (V, _), start in zip(run.params, weights):
-        V[...] = start
+    settings = argparse.Namespace(steps=REPORTS[-1], images=n, batch=n, seed=0, importance=0, lr=0, weight_decay=0)
+    run = train.fresh(settings, (x[:n], y), None, gradient, [[V.copy()] for V in weights], update)
     c, c_step, f0 = np.zeros(y.shape), np.zeros(y.shape), forward(weights, x, transfer)[1][-1]
-    for step in range(REPORTS[-1] + 1):
-        if step in REPORTS:
-            f = forward([V for V, _ in run.params], x, transfer)[1][-1]
+    for _ in train.steps(run):
         linear = f0 + (kernel[:, : y.size] @ c.ravel()).reshape(f0.shape)
-        if step in REPORTS:
-            found.append((f, linear))
-        train.steps(run, step, step + 1)
-        c_step = beta * c_step - rate * loss(linear[:n], y)
+        if run.step in REPORTS:
+            found.append((forward(fpnl.leaves(run.params), x, transfer)[1][-1], linear))
+        c_step = beta * c_step - rate * loss(linear[:n], y)[1]
         c += c_step
     return np.array(found).swapaxes(0, 1)
 
@@ -210,7 +209,7 @@ def ensemble(network, hidden, width, members):
     trained, rows = [], []
     for seed in range(members):
         weights = init(np.random.default_rng((1000 + seed, width)), (x.shape[1], *hidden * [width], 1))
-        trained.append(descend(weights, 0 * theta, x, y, transfer, descent, np.subtract, eta, 0)[0, -1, IMAGES:, 0])
+        trained.append(descend(weights, 0 * theta, x, y, transfer, descent, squared, eta, 0)[0, -1, IMAGES:, 0])
     drawn = np.random.default_rng(1).multivariate_normal(mean, covariance, (20, members))
     for at, f in ((width, np.array(trained)), *((np.inf, f) for f in drawn)):
         errors = {"mean": f.mean(axis=0) - mean, "covariance": np.cov(f.T) - covariance}

@@ -29,15 +29,12 @@ the sum over the rows.
 """
 
 import argparse
-import concurrent.futures
-import contextlib
 import functools
 import itertools
 import math
 import os
 import pathlib
 import sys
-import time
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a worker
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -49,10 +46,8 @@ import fpnl
 import train
 
 PIXELS, CLASSES = 28, 10  # of a row, of the images
-TASK = 128  # images whose slopes are measured together
 R = np.float32(2.0**121)  # the memory's S
 EDGES = [float(scale * fpnl.TINY) for scale in (fpnl.SCALE, R, fpnl.SCALE)]  # of the dead zones: 1/2, 1/32, 1/2
-INIT, ORDER, MEASURE = range(3)  # random streams of a seed
 
 
 # --- The network -----------------------------------------------------------------------------------------
@@ -72,8 +67,14 @@ def init(rng, features, memory):
     return [(np.vstack([W, np.zeros((memory, features), np.float32)]), b), (np.vstack([U, orthogonal]), c), readout]
 
 
+def load_weights(path):
+    """What a run has saved, as `init` makes them."""
+    with np.load(path) as file:
+        return [(file[f"W{i}"], file[f"b{i}"]) for i in (1, 2, 3)]
+
+
 def forward(params, x, ftz=True):
-    """The network, operation by operation: features and memory after each row, at their true size, and the logits.
+    """The network, operation by operation: f in units of 1/S and m of 1/R, after each row, and the logits.
 
     Parameters
     ----------
@@ -85,34 +86,31 @@ def forward(params, x, ftz=True):
     fs, ms : lists of [n, features], [n, memory], one a row, and logits [n, classes], all float32.
     """
     first, second, readout = params
-    memory, fs, ms = second[0].shape[1], [], []
-    m = np.zeros((len(x), memory), np.float32)
-    for row in np.split(x, x.shape[1] // (len(first[0]) - memory), axis=1):
-        (f,) = fpnl.activations([first], np.hstack([row, m * R]), ftz)
-        (m,) = fpnl.activations([second], np.hstack([f * fpnl.SCALE, m * R]), ftz, R)
+    m, fs, ms = np.zeros((len(x), len(readout[0])), np.float32), [], []
+    for row in np.split(x, x.shape[1] // (len(first[0]) - len(readout[0])), axis=1):
+        (f,) = fpnl.activations([first], np.hstack([row, m]), ftz)
+        (m,) = fpnl.activations([second], np.hstack([f, m]), ftz, R)
         fs.append(f)
         ms.append(m)
-    return fs, ms, fpnl.forward([readout], m * R, ftz)
-
-
-def load_weights(path):
-    """What a run has saved, as `init` makes them."""
-    with np.load(path) as file:
-        return [(file[f"W{i}"], file[f"b{i}"]) for i in (1, 2, 3)]
+    return fs, ms, fpnl.forward([readout], m, ftz)
 
 
 def unrolled(params, x, ftz=True):
-    """The same with f in units of 1/S, m of 1/R: inputs, sums and outputs, each of (features, memory), [rows, n, ...],
-    and logits [n, classes]. ftz is True or False, or None: tanh stands for the flush, and the logits are linear."""
+    """The same, faster: f [rows, n, features], m [rows, n, memory], logits. ftz is True or False, or None: tanh stands
+    for the flush, and the logits are linear."""
     ((W, b), (U, c), (V, d)), (t, u, v) = params, transfers(ftz)
-    m, steps = np.zeros((len(x), len(c)), np.float32), []
+    m, fs, ms = np.zeros((len(x), len(c)), np.float32), [], []
     for row in np.split(x, x.shape[1] // (len(W) - len(c)), axis=1):
-        a = np.hstack([row, m])
-        f = t(z := a @ W + b)
-        fm = np.hstack([f, m])
-        m = u(zm := fm @ U + c)
-        steps.append([(a, fm), (z, zm), (f, m)])
-    return [[np.stack(of_layer) for of_layer in zip(*of_rows)] for of_rows in zip(*steps)], v(m @ V + d)
+        fs.append(t(np.hstack([row, m]) @ W + b))
+        ms.append(m := u(np.hstack([fs[-1], m]) @ U + c))
+    return np.stack(fs), np.stack(ms), v(m @ V + d)
+
+
+def inputs_and_sums(params, x, f, m):
+    """Of features and memory: what W and U are multiplied with, [rows, n, fan_in], and what they add up to."""
+    before = np.concatenate([np.zeros_like(m[:1]), m[:-1]])
+    inputs = [np.concatenate([a, before], axis=2) for a in (np.split(x, len(m), axis=1), f)]
+    return inputs, [a @ W + b for a, (W, b) in zip(inputs, params)]
 
 
 def transfers(ftz):
@@ -129,33 +127,44 @@ def kept(edge, z):
 
 # --- Slopes of each image's loss along the sums of the units ---------------------------------------------------
 #
-# A method returns the inputs of features and memory, [rows, n, fan_in], and of the logits, [n, memory], and the slopes
-# along their sums, [rows, n, units] and [n, classes].
+# A method returns the inputs of features and memory, [rows, n, fan_in], and of the logits, [n, memory]; the slopes
+# along their sums, [rows, n, units] and [n, classes]; and the logits, [n, classes].
 
 
-def es(how, params, x, labels, rng, ftz=True, members=True):
+def es(s, params, x, labels, rng, ftz=True, members=True):
     """Evolution strategies with the control variate; without `members` the prediction alone: c g / (2 e delta), which
     depends on no sign. c, r and p as in fpnl.py; g: the predicted dL/dh; `moves` are e delta."""
-    (inputs, sums, outputs), _ = unrolled(params, x, ftz)
-    m, mirror = outputs[1][-1], np.array([[1], [-1]], np.float32)
-    moves = [
-        np.float32(delta) * (2 * rng.integers(0, 2, z.shape) - 1).astype(np.float32)
-        for delta, z in zip(how.delta, sums)
-    ]
-    moved = [t(z[:, :, None] + mirror * move[:, :, None]) for t, z, move in zip(transfers(ftz), sums, moves)]
-    c = [h[:, :, 0] - h[:, :, 1] for h in moved]
-    signs = np.ones((len(x), CLASSES), np.int8)  # no matter which, one unit at a time
+    *outputs, logits = unrolled(params, x, ftz)
+    inputs, sums = inputs_and_sums(params, x, *outputs)
+    moves = [rng.choice(np.float32([-delta, delta]), z.shape) for delta, z in zip(s.delta, sums)]
+    moved = [np.stack([t(z + e), t(z - e)], axis=1) for t, z, e in zip(transfers(ftz), sums, moves)]
+    c = [h[:, 0] - h[:, 1] for h in moved]
+    m, signs = outputs[1][-1], np.ones((len(x), CLASSES), np.int8)  # no matter which, one unit at a time
     out = fpnl.es_slopes(params[2:], m, labels, signs, ftz=ftz)[1][0].T  # of fpnl's network of one layer
-    g = chain(params, [change / (2 * move) for change, move in zip(c, moves)], out)
-    r = differences(how, params, x, labels, sums, outputs, moved, ftz) if members else [0, 0]
-    slopes = []
-    for change, of_layer, move, rest, k in zip(c, g, moves, r, how.block):
-        p = change * of_layer
-        if members:
-            rest = np.repeat(rest - np.add.reduceat(p, range(0, p.shape[2], k), axis=2), k, axis=2)[:, :, : p.shape[2]]
-            p = p + rest * (change != 0)
-        slopes.append(p / (2 * move))
-    return [*inputs, m], [*slopes, out]
+    g = chain(params, [change / (2 * e) for change, e in zip(c, moves)], out)
+    p = [change * slope for change, slope in zip(c, g)]
+    if members:
+        numbers = [np.arange(len(b)) // k for (_, b), k in zip(params, s.block)]
+        blocks = [J == np.arange(J[-1] + 1)[:, None] for J in numbers]  # [blocks, units]
+        r = differences(params, x, labels, sums[1], outputs, moved, blocks, ftz)
+        p = [a + (rest - a @ J.T) @ J * (change != 0) for a, rest, J, change in zip(p, r, blocks, c)]
+    return [*inputs, m], [*(a / (2 * e) for a, e in zip(p, moves)), out], logits
+
+
+def differences(params, x, labels, sums, outputs, moved, blocks, ftz):
+    """r of each block, [rows, n, blocks], of features and of memory; all members are computed together. sums: of the
+    memory; moved: outputs of members and mirror images, [rows, 2, n, units]."""
+    ((W, b), (U, c), (V, d)), (t, u, v), n = params, transfers(ftz), len(x)
+    features, memory = len(b), len(c)
+    f, m = (np.where(J[:, None, None], h[:, None], a[:, None, None]) for J, h, a in zip(blocks, moved, outputs))
+    after = u(sums[:, None, None] + (f - outputs[0][:, None, None]) @ U[:features])
+    ms = np.concatenate([after, m], axis=1)  # the members' memory, [rows, blocks, 2, n, memory]
+    for i, row in enumerate(np.split(x, len(ms), axis=1)):
+        m = ms[:i].reshape(-1, memory)  # of those that were mutated before
+        f = t((m @ W[-memory:]).reshape(-1, n, features) + (row @ W[:-memory] + b)).reshape(-1, features)
+        ms[:i] = u(f @ U[:features] + m @ U[features:] + c).reshape(ms[:i].shape)
+    L = fpnl.cross_entropy(v(ms @ V + d), labels)
+    return np.split((L[:, :, 0] - L[:, :, 1]).swapaxes(1, 2), [len(blocks[0])], axis=2)
 
 
 def chain(params, derivatives, out):
@@ -170,50 +179,58 @@ def chain(params, derivatives, out):
     return [np.stack(of_layer[::-1]) for of_layer in zip(*found)]
 
 
-def differences(how, params, x, labels, sums, outputs, moved, ftz):
-    """L(+e) - L(-e) of the members [rows, n, blocks], of features and of memory."""
-    ((W, b), (U, c), (V, d)), (t, u, v), n = params, transfers(ftz), len(x)
-    memory, features = U.shape[1], len(b)
-    rows = np.split(x, len(sums[0]), axis=1)
-    blocks = [
-        np.arange(-(-units // k))[:, None] == np.arange(units) // k for units, k in zip((features, memory), how.block)
-    ]
-    found, per = [], 2 * sum(map(len, blocks))
-    pixels = [np.repeat(row @ W[:-memory] + b, per, axis=0) for row in rows]
-    for i in range(len(rows)):
-        pairs = [h[i][:, None] for h in moved]  # [n, 1, 2, units]
-        f, m = (np.where(block[:, None], pair, h[i][:, None, None]) for block, pair, h in zip(blocks, pairs, outputs))
-        change = (f - outputs[0][i][:, None, None]).reshape(-1, features) @ U[:features]
-        after = u(sums[1][i][:, None, None] + change.reshape(n, -1, 2, memory))
-        m = np.concatenate([after, m], axis=1).reshape(-1, memory)
-        for later in pixels[i + 1 :]:
-            m = u(t(m @ W[-memory:] + later) @ U[:features] + m @ U[features:] + c)
-        logits = v(m @ V + d).reshape(n, -1, 2, len(d))
-        L = fpnl.cross_entropy(np.moveaxis(logits, 0, 2), labels)
-        found.append((L[:, 0] - L[:, 1]).T)
-    return np.split(np.stack(found), [len(blocks[0])], axis=2)
-
-
-def backprop(how, params, x, labels, rng, ftz=None):
+def backprop(s, params, x, labels, rng, ftz=None):
     """Backpropagation through time, of the network with tanh."""
-    (inputs, _, outputs), logits = unrolled(params, x, ftz)
+    *outputs, logits = unrolled(params, x, ftz)
+    inputs, _ = inputs_and_sums(params, x, *outputs)
     out, derivatives = controls.softmax_error(logits, labels), [1 - h * h for h in outputs]
-    return [*inputs, outputs[1][-1]], [*(g * d for g, d in zip(chain(params, derivatives, out), derivatives)), out]
+    slopes = [g * d for g, d in zip(chain(params, derivatives, out), derivatives)]
+    return [*inputs, outputs[1][-1]], [*slopes, out], logits
 
 
-# --- Training --------------------------------------------------------------------------------------------------
+# --- Training, by the loop of train.py -------------------------------------------------------------------------
+
+
+def gradient(method, task, params, x, labels, rng, weights, return_losses, **mapping):
+    """As `fpnl.es_gradient` returns it, with the losses; images are cut into tasks, each with a stream of its own."""
+    count = min(len(x), 2 * math.ceil(len(x) / (2 * task)))  # mostly even: an odd one leaves one of two workers idle
+    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)), rng.spawn(count))
+    tasks = [dict(zip(("x", "labels", "weights", "rng"), part)) for part in parts]
+    grads, losses = zip(*fpnl.mapped(weighted, tasks, {"method": method, "params": params}, **mapping))
+    return [tuple(map(sum, zip(*layer))) for layer in zip(*grads)], np.concatenate(losses)
+
+
+def weighted(method, params, x, labels, weights, rng):
+    """Gradient of sum_i w_i L_i, and the losses."""
+    inputs, slopes, logits = method(params, x, labels, rng)
+    slopes = [slope * weights[:, None] for slope in slopes]
+    columns = zip(*([a.reshape(-1, a.shape[-1]) for a in of_layers] for of_layers in (inputs, slopes)))
+    return [(a.T @ slope, slope.sum(axis=0)) for a, slope in columns], fpnl.cross_entropy(logits, labels)
+
+
+def update(recurrent, params, grads, m, v, step, lr, weight_decay):
+    """AdamW with the gradient clipped to a norm of 1; biases and recurrent weights do not decay."""
+    length = math.sqrt(sum(float(np.vdot(g, g)) for g in fpnl.leaves(grads)))
+    grads = [[g / np.float32(max(1, length)) for g in layer] for layer in grads]
+    rates = (lr, weight_decay), (lr, 0), (lr * recurrent, 0)
+    for rate, *part in zip(rates, *map(parts, (params, grads, m, v))):
+        fpnl.adamw(*part, step, *rate)
+
+
+def parts(layers):
+    """Weights of pixels, features and logits; biases; weights of the memory before a row."""
+    (W, b), (U, c), (V, d) = layers
+    return [W[: -len(V)], U[: -len(V)], V], [b, c, d], [W[-len(V) :], U[-len(V) :]]
 
 
 SETTINGS = {  # default, kind, what it is
     "features": (64, train.COUNT, "units"),
     "memory": (64, train.COUNT, "units"),
-    "epochs": (30.0, train.LONG, "passes over the training images"),
-    "batch": (512, train.COUNT, "images a step"),
     "delta": ((0.25, 1.0), train.number(float, 1e-9, 1e9), "movement of a sum by a mutation: of features, of memory"),
     "block": ((16, 32), train.COUNT, "units mutated together, of features and of memory"),
-    "importance": (2.0, train.SIZE, "measure an image with probability N (1 - p), p of its label; 0: all"),
-    "lr": (8e-3, train.SIZE, "AdamW's learning rate, falling to zero as a cosine"),
-    "decay": (0.3, train.SIZE, "AdamW's decoupled decay, of weights other than the recurrent"),
+    **{name: train.OPTIONS[name] for name in ("validation", "epochs", "batch", "importance")},
+    "lr": (8e-3, *train.OPTIONS["lr"][1:]),
+    "weight_decay": (0.3, train.SIZE, "AdamW's decoupled decay, of weights other than the recurrent"),
     "recurrent": (1 / 64, train.SIZE, "rate of the weights of the memory before a row, as a share of --lr"),
 }
 ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other defaults
@@ -224,140 +241,68 @@ ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other
 }
 
 
-@functools.cache
-def sets(validation):
-    return data.load(validation=validation)
-
-
-def gradient(row, how, params, step, images):
-    """Of the loss summed over these images, of which some are measured, as in train.py, and count 1 / q."""
+def begin(row, seed, args, sets):
+    """A run of train.py's loop, on these sets."""
     _, method, ftz, _ = ROWS[row]
-    rng = np.random.default_rng((how.seed, MEASURE, step, images[0]))
-    x, labels = data.pixels(sets(how.validation)[0][images]), sets(how.validation)[1][images]
-    q = np.ones(len(x), np.float32)
-    if how.importance:
-        q = train.chances_of(unrolled(params, x, ftz)[1], labels, how.importance)
-    some = np.flatnonzero(rng.random(len(x)) < q)
-    if not len(some):
-        return [tuple(map(np.zeros_like, layer)) for layer in params]
-    inputs, slopes = method(how, params, x[some], labels[some], rng, ftz)
-    slopes = [slope / q[some, None] for slope in slopes]
-    columns = [(a.reshape(-1, a.shape[-1]), s.reshape(-1, s.shape[-1])) for a, s in zip(inputs, slopes)]
-    return [(a.T @ s, s.sum(axis=0)) for a, s in columns]
-
-
-def evaluate(row, how, params, which, start):
-    """Loss, accuracy and shares of units that are not 0, of features and of memory, all times the number of images."""
-    images, labels = (array[start : start + train.PIECE] for array in sets(how.validation)[which : which + 2])
-    x, ftz = data.pixels(images), ROWS[row][2]
-    if ftz is None:
-        (_, _, states), logits = unrolled(params, x, ftz)
-    else:
-        *states, logits = forward(params, x, ftz)
-    return len(labels) * np.array(
-        [fpnl.loss(logits, labels), fpnl.accuracy(logits, labels), *(np.mean(np.not_equal(h, 0)) for h in states)]
-    )
-
-
-def learn(row, how, folder, everywhere):
-    """One run; `everywhere` is map, or that of a pool of processes -> (train, other) accuracy."""
-    number, held_out = len(sets(how.validation)[0]), "validation" if how.validation else "test"
-    params = init(np.random.default_rng((how.seed, INIT)), how.features, how.memory)
-    m, v = ([tuple(map(np.zeros_like, layer)) for layer in params] for _ in range(2))
-    per_epoch, began = number // how.batch, time.perf_counter()
-    steps = round(per_epoch * how.epochs)
-    reports = {round(i * steps / how.reports) for i in range(how.reports + 1)}
-    settings = {"row": row, **vars(how)}
-    name = f"{row}-{how.seed}"
-    columns = "epoch", "seconds", "loss", "train", held_out, "live features", "live memory"
-    with data.open_log(folder / f"{name}.csv", settings, columns) as write:
-        for step in range(steps + 1):
-            if step in reports:
-                seconds, scores = time.perf_counter() - began, []
-                for which in (0, 2):
-                    total = len(sets(how.validation)[which])
-                    work = functools.partial(evaluate, row, how, params, which)
-                    scores.append(sum(everywhere(work, range(0, total, train.PIECE))) / total)
-                (loss, *trained), (_, held, *_) = scores
-                if not math.isfinite(loss):
-                    raise ValueError(f"{row}: the loss is {loss} after {step} steps: try a smaller --lr")
-                data.save_weights(folder / f"{name}.npz", params, settings)
-                write(step / per_epoch, seconds, loss, trained[0], held, *trained[1:])
-                live = " ".join(f"{share:.2f}" for share in trained[1:])
-                print(
-                    f"{step / per_epoch:6.2f} {seconds:8.1f} {loss:8.4f} {trained[0]:7.4f} {held:10.4f}   {live}",
-                    flush=True,
-                )
-            if step == steps:
-                return trained[0], held
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
-                order = np.random.default_rng((how.seed, ORDER, epoch)).permutation(number)
-            images = order[place * how.batch : (place + 1) * how.batch]
-            work = functools.partial(gradient, row, how, params, step)
-            tasks = [images[i : i + TASK] for i in range(0, how.batch, TASK)]
-            grads = [
-                [sum(parts) / np.float32(how.batch) for parts in zip(*layer)] for layer in zip(*everywhere(work, tasks))
-            ]
-            descend(how, params, grads, m, v, step, (1 + math.cos(math.pi * step / steps)) / 2)
-
-
-def descend(how, params, grads, m, v, step, fraction):
-    """One AdamW step, in place, with the gradient clipped to a norm of 1; biases and recurrent weights do not decay."""
-    length = math.sqrt(sum(float(np.vdot(g, g)) for layer in grads for g in layer))
-    grads = [tuple(g / np.float32(max(1, length)) for g in layer) for layer in grads]
-    rates = (how.lr, how.decay), (how.lr, 0), (how.lr * how.recurrent, 0)
-    for (lr, decay), *part in zip(rates, *map(parts, (params, grads, m, v))):
-        fpnl.adamw(*part, step + 1, lr * fraction, decay)
-
-
-def parts(layers):
-    """Weights of pixels, features and logits; biases; weights of the memory before a row."""
-    (W, b), (U, c), (V, d) = layers
-    return [W[: -len(V)], U[: -len(V)], V], [b, c, d], [W[-len(V) :], U[-len(V) :]]
+    s = argparse.Namespace(**train.FIXED, **{name: getattr(args, name) for name in SETTINGS}, method=row, seed=seed)
+    s.images, s.sizes = len(sets[0]), [PIXELS, s.features, s.memory, CLASSES]
+    s.steps = round(s.epochs * (s.images // s.batch))
+    params = init(np.random.default_rng((seed, train.INIT)), s.features, s.memory)
+    of_images = functools.partial(gradient, functools.partial(method, s, ftz=ftz), s.task)
+    how = functools.partial(unrolled, ftz=ftz), of_images, params, functools.partial(update, s.recurrent)
+    return train.fresh(s, sets, *how)
 
 
 # --- The comparison --------------------------------------------------------------------------------------------
 
 
-def compare(args, given):
+def compare(args, sets):
     """Run everything, a seed after the other; print a table of accuracies in percent."""
-    table, held_out = {}, "validation" if args.validation else "test"
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.workers, initializer=train.deaf))
-        stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C ends it
-        for seed, row in itertools.product(range(args.seeds), dict.fromkeys(args.rows)):
-            says, *_, other = ROWS[row]
-            defaults = {name: default for name, (default, *_) in SETTINGS.items()}
-            fixed = {"validation": args.validation, "reports": args.reports, "seed": seed}
-            how = argparse.Namespace(**defaults | other | given | fixed)
-            print(f"\n{says}, seed {seed}\n epoch  seconds     loss   train {held_out:>10}   live units", flush=True)
-            table.setdefault(says, []).append(learn(row, how, args.folder, pool.map))
-    controls.print_table(table, held_out, {})
+    args.folder.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for seed, row in itertools.product(range(args.seeds), dict.fromkeys(args.rows)):
+        says, _, ftz, others = ROWS[row]
+        print(f"\n{says}, seed {seed}")
+        log, save = (args.folder / f"{row}-{seed}.{end}" for end in ("csv", "npz"))
+        of_row = parse_args(**others, flush="on" if ftz else "off", log=log, save=save)
+        trained, held = train.train(of_row, begin(row, seed, of_row, sets))
+        table.setdefault(says, []).append((trained[1], held[1]))
+    controls.print_table(table, "validation" if args.validation else "test", {})
 
 
-def main():
+def parse_args(**others):
+    """With other defaults, and with what train.py takes and this program does not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.error = train.fail
     add = parser.add_argument
     add("folder", type=pathlib.Path, help="for logs and weights; those of an earlier run are replaced")
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", type=train.COUNT, default=3, metavar="N", help="0, 1, ... of them (default: 3)")
-    add("--workers", type=train.COUNT, default=train.cores(), help="processes; makes no difference (default: all)")
-    add("--reports", type=train.COUNT, default=15, metavar="N", help="lines of a run after its first (default: 15)")
-    says = "hold out the last N training images, and evaluate on them, not on the test images"
-    add("--validation", type=train.number(int, 0, 1e6), default=0, metavar="N", help=says)
+    add("--engine", choices=["threads", "mpi", "dask"], default="threads", help="what computes (default: threads)")
+    add("--workers", type=train.COUNT, default=data.cores(), metavar="N", help="how many (default: all cores)")
+    add("--reports", type=train.COUNT, default=15, metavar="N", help="rows of a table (default: 15)")
     for name, (default, kind, says) in SETTINGS.items():
-        others = "".join(f"; {row}: {other[name]:g}" for row, (*_, other) in ROWS.items() if name in other)
-        count = len(default) if isinstance(default, tuple) else None
-        add(f"--{name}", type=kind, nargs=count, help=f"{says} (default: {default}{others})")
-    args = parser.parse_args()
-    if (batch := args.batch or SETTINGS["batch"][0]) > (number := len(sets(args.validation)[0])):
-        raise ValueError(f"--batch: expected at most the {number} training images, found {batch}")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    compare(args, {name: value for name in SETTINGS if (value := getattr(args, name)) is not None})
+        of_rows = "".join(f"; {row}: {other[name]:g}" for row, (*_, other) in ROWS.items() if name in other)
+        how = {"nargs": len(default)} if isinstance(default, tuple) else {}
+        how |= {"type": kind, "default": default, "help": f"{says} (default: {default}{of_rows})"}
+        add(f"--{name.replace('_', '-')}", metavar="N", **how)
+    parser.set_defaults(scheduler=None, until_test=None, quiet=False, resume=None, **others)
+    return parser.parse_args()
+
+
+def main():
+    with train.command():
+        args = parse_args()
+        sets = data.load(validation=args.validation)
+        if args.batch > len(sets[0]):
+            raise ValueError(f"--batch: expected at most the {len(sets[0])} training images, found {args.batch}")
+        try:
+            compare(args, sets)
+        except KeyboardInterrupt as stop:
+            train.fail(f"interrupted: what is done is in {args.folder}", "", 128 + (*stop.args, train.signal.SIGINT)[0])
 
 
 if __name__ == "__main__":
-    with train.command():
-        main()
+    import recurrent  # by this name its functions are known to workers elsewhere
+
+    recurrent.main()

@@ -1,7 +1,11 @@
 """The tests of controls.py."""
 
+import argparse
 import json
+import os
+import pickle
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,7 +17,7 @@ import pytest
 import data
 import fpnl
 import train
-from test_fpnl import RNG, ROOT, example, needs_hardware, write_slice
+from test_fpnl import RNG, ROOT, assert_same_params, example, needs_hardware, write_slice
 
 SIZES = (12, 10, 9, 5)
 NETS = {  # network of each method, as fpnl takes it
@@ -21,15 +25,19 @@ NETS = {  # network of each method, as fpnl takes it
     "relu": {"ftz": True, "transfer": controls.rectify},
     "deadzone": {"ftz": True, "transfer": None},
 }
+NETS |= dict.fromkeys(["es", "prediction"], NETS["deadzone"])
+DERIVATIVES = "backprop", "relu", "deadzone"
 
 
-def settings(method, **options):
-    return train.Settings(0, SIZES[0], SIZES[-1], method, "on", hidden=SIZES[1:-1], **options)
+def settings(**options):
+    defaults = {name: default for name, (default, *_) in train.OPTIONS.items()}
+    return argparse.Namespace(**train.FIXED | defaults | {"sizes": SIZES} | options)
 
 
-def gradient(method, net, params, x, labels, **options):
-    inputs, slopes = getattr(controls, method)(settings(method, **options), net, params, x, labels, None)
-    return [(g[:-1], g[-1]) for g in (a @ s.T / len(x) for a, s in zip(inputs, slopes))]
+def gradient(method, params, x, labels, net=None, **options):
+    """Of the mean loss, with the network of the method or another, and the losses."""
+    run = getattr(train if method == "es" else controls, method)(settings(**options), net or NETS[method])
+    return run(params, x, labels, RNG(2), weights=np.full(len(x), 1 / len(x), "f"), return_losses=True)
 
 
 def assert_is_the_derivative(grads, params, loss_of):
@@ -46,10 +54,10 @@ def assert_is_the_derivative(grads, params, loss_of):
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.3])
-@pytest.mark.parametrize("method", NETS)
+@pytest.mark.parametrize("method", DERIVATIVES)
 def test_the_gradient_is_the_derivative(method, smoothing):
     params, x, labels = example(SIZES, n=2)
-    grads = gradient(method, NETS[method], params, x, labels, smoothing=smoothing)
+    grads, losses = gradient(method, params, x, labels, smoothing=smoothing)
     targets = (1 - smoothing) * np.eye(SIZES[-1])[labels] + smoothing / SIZES[-1]
 
     def loss_of(params):
@@ -58,55 +66,60 @@ def test_the_gradient_is_the_derivative(method, smoothing):
         return np.mean(np.sum(of_each * targets.T, axis=0))
 
     assert_is_the_derivative(grads, params, loss_of)
+    assert np.mean(losses) == pytest.approx(loss_of(params), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["es", "prediction"])
 def test_smoothed_labels_reach_what_is_measured(method):
-    """The last layer's slopes are those of the smoothed loss, to a part in a hundred: there, ES has no noise."""
+    """The last layer's gradient is that of the smoothed loss, to a part in a hundred: there, ES has no noise."""
     params, x, labels = example(SIZES, n=3)
-    how, signs = settings(method, smoothing=0.3, sigma=1e-3), fpnl.mutation_signs(RNG(2), params, 3)
-    measure = train.es if method == "es" else controls.prediction
-    _, slopes = measure(how, NETS["deadzone"], params, x, labels, signs)
-    _, exact = controls.deadzone(how, NETS["deadzone"], params, x, labels, signs)
-    np.testing.assert_allclose(slopes[-1], exact[-1], atol=1e-2)
+    found, exact = (gradient(name, params, x, labels, smoothing=0.3, sigma=1e-3)[0] for name in (method, "deadzone"))
+    np.testing.assert_allclose(found[-1][0], exact[-1][0], atol=1e-2 * np.abs(exact[-1][0]).max())
 
 
 def test_dropout_is_the_network_without_some_of_its_units():
-    """What a method is given, where its results go, and that they are the derivative: whatever is left out has no
+    """What a gradient is given, where its results go, and that they are the derivative: whatever is left out has no
     weights to the next layer, what is left has larger ones."""
     params, x, labels = example(SIZES, n=2)
-    signs, given, left = fpnl.mutation_signs(RNG(2), params, 2), [], set()
+    weights, given, left = np.float32([0.3, 0.7]), [], set()
 
-    def ones(settings, net, params, x, labels, signs):
-        given.append((params, x, signs))
-        return [np.ones((len(W) + 1, 2), "f") for W, _ in params], [np.ones((len(b), 2), "f") for _, b in params]
+    def ones(params, x, labels, rng, weights, return_losses):
+        given.append((params, x, labels, weights))
+        return [tuple(map(np.ones_like, layer)) for layer in params], np.zeros(len(x), "f")
 
-    def thinned(method, key, net=None):
-        return train.thinned(method, key, settings("es", dropout=0.4), net, params, x, labels, signs)
+    def thinned(gradient, key, batch=64):
+        how = settings(dropout=0.4, batch=batch)
+        return train.thinned(gradient, how)(params, x, labels, RNG(key), weights=weights, return_losses=True)
 
     for key in range(3):
-        inputs, slopes = thinned(ones, key)
-        kept = [np.flatnonzero(a[:-1].all(axis=1)) for a in inputs] + [np.arange(SIZES[-1])]
+        whole, _ = thinned(ones, key)
+        kept = [np.flatnonzero(W.any(axis=1)) for W, _ in whole] + [np.arange(SIZES[-1])]
         left.add((*kept[1], *kept[2]))
-        assert [len(units) for units in kept] == [12, 6, 6, 5]
-        thin, pixels, own = given[-1]
-        np.testing.assert_array_equal(pixels, x)
-        places = np.concatenate([units + end for units, end in zip(kept[1:], (0, 10, 19))])
-        np.testing.assert_array_equal(own, signs[:, places])
+        assert [len(units) for units in kept] == [12, 6, 5, 5]
+        thin, *rows = given[-1]
+        for found, expected in zip(rows, (x, labels, weights), strict=True):
+            np.testing.assert_array_equal(found, expected)
         gains = [np.float32(n / len(units)) for n, units in zip(SIZES, kept)]
         for l, (W, b) in enumerate(params):
             np.testing.assert_array_equal(thin[l][0], W[kept[l]][:, kept[l + 1]] * gains[l])
             np.testing.assert_array_equal(thin[l][1], b[kept[l + 1]])
-            np.testing.assert_array_equal(np.flatnonzero(slopes[l].any(axis=1)), kept[l + 1])
+            np.testing.assert_array_equal(np.flatnonzero(whole[l][1]), kept[l + 1])
         masks = [np.isin(np.arange(n), units)[:, None] * gain for n, units, gain in zip(SIZES, kept, gains)]
-        for method, net in NETS.items():
-            grads = [a @ s.T / 2 for a, s in zip(*thinned(getattr(controls, method), key, net))]
+        for method in DERIVATIVES:
+            grads, losses = thinned(getattr(controls, method)(settings(), NETS[method]), key)
 
-            def loss_of(params, net=net, masks=masks):
-                return fpnl.loss(fpnl.forward([(W * mask, b) for (W, b), mask in zip(params, masks)], x, **net), labels)
+            def losses_of(params, net=NETS[method], masks=masks):
+                masked = [(W * mask, b) for (W, b), mask in zip(params, masks)]
+                return fpnl.cross_entropy(fpnl.forward(masked, x, **net), labels)
 
-            assert_is_the_derivative([(g[:-1], g[-1]) for g in grads], params, loss_of)
+            assert_is_the_derivative(grads, params, lambda params, of=losses_of: np.vdot(weights, of(params)))
+            np.testing.assert_allclose(losses, losses_of(params), rtol=1e-5)
     assert len(left) == 3
+    whole, _ = thinned(ones, 0, batch=65)  # which are two networks
+    np.testing.assert_array_equal(whole[-1][1], 2)
+    for i, (_, *rows) in enumerate(given[-2:]):
+        for found, expected in zip(rows, (x, labels, weights), strict=True):
+            np.testing.assert_array_equal(found, expected[i : i + 1])
 
 
 def test_backprop_is_blind_to_underflow():
@@ -116,35 +129,64 @@ def test_backprop_is_blind_to_underflow():
     for net in (NETS["deadzone"], NETS["backprop"]):
         o = fpnl.forward(params, x, **net)
         p = np.exp(o) / np.exp(o).sum(axis=1, keepdims=True) - np.eye(5, dtype=np.float32)[labels]
-        grads.append(gradient("backprop", net, params, x, labels))
+        grads.append(gradient("backprop", params, x, labels, net)[0])
         np.testing.assert_allclose(grads[-1][0][0], x.T @ (p / 30 @ params[2][0].T @ params[1][0].T), atol=1e-6)
         assert all(db.any() for _, db in grads[-1])
     assert not np.array_equal(grads[0][0][0], grads[1][0][0])
-    assert [bool(db.any()) for _, db in gradient("deadzone", NETS["deadzone"], params, x, labels)] == [
-        True,
-        False,
-        False,
-    ]
+    for method in ("deadzone", "prediction"):
+        assert [bool(db.any()) for _, db in gradient(method, params, x, labels)[0]] == [True, False, False]
 
 
 def test_the_prediction_is_the_control_variate_without_its_rest():
     """Its logits' slopes are those of ES, whatever the signs; below, h(z + s) - h(z - s) over 2 s and the chain rule.
     With blocks of 1 in a network of one hidden layer, ES with the control variate measures that and a rest."""
     params, x, labels = example(SIZES, n=6)
-    given = settings("prediction", sigma=0.05, block=1)
-    inputs, slopes = controls.prediction(given, NETS["deadzone"], params, x, labels, None)
+    outputs, slopes = controls.predicted(settings(sigma=0.05), params, x, labels)
     signs = fpnl.mutation_signs(RNG(0), params, len(x))
-    es_inputs, es_slopes = train.es(given, NETS["deadzone"], params, x, labels, signs)
-    np.testing.assert_allclose(slopes[-1], es_slopes[-1], atol=1e-5)
-    for a, b in zip(inputs, es_inputs, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    for l in (0, 1):
-        z = params[l][0].T @ inputs[l][:-1] + inputs[l][-1] * params[l][1][:, None]
-        shift = np.float32(0.05) * np.linalg.norm(inputs[l], axis=0)
+    es_outputs, es_slopes = fpnl.es_slopes(params, x, labels, signs, sigma=0.05, block=1)
+    np.testing.assert_allclose(slopes[-1].T, es_slopes[-1], atol=1e-5)
+    for h, es_h in zip(outputs, es_outputs, strict=True):
+        np.testing.assert_allclose(h.T, es_h, atol=1e-5)
+    for l, a in enumerate([x, outputs[0]]):
+        z = a @ params[l][0] + params[l][1] * (l == 0)
+        shift = np.float32(0.05) * np.sqrt(np.square(a).sum(axis=1, keepdims=True) + (l == 0))
         moved = controls.dead_zone(z + shift) - controls.dead_zone(z - shift)
-        expected = params[l + 1][0] @ slopes[l + 1] * moved / np.maximum(2 * shift, fpnl.TINY)
+        expected = slopes[l + 1] @ params[l + 1][0].T * moved / np.maximum(2 * shift, fpnl.TINY)
         np.testing.assert_allclose(slopes[l], expected, atol=1e-4)
         assert np.abs(slopes[l]).max() > 0.01
+
+
+@pytest.mark.parametrize("row", controls.ROWS)
+def test_what_is_mapped_travels_and_the_bits_are_the_same(row):
+    params, x, labels = example(SIZES, n=20)
+    _, method, transfer, _ = controls.ROWS[row]
+    run = method(settings(task=1), {"ftz": True, "transfer": transfer})
+    how, lists = {"weights": np.full(20, 0.05, "f"), "return_losses": True}, []
+
+    def elsewhere(function, tasks):
+        lists.append(len(tasks))
+        return [*map(*pickle.loads(pickle.dumps((function, tasks))))]
+
+    expected, losses = run(params, x, labels, RNG(0), **how)
+    found, same = run(params, x, labels, RNG(0), workers=3, map_tasks=elsewhere, **how)
+    assert_same_params([*found, (same,)], [*expected, (losses,)])
+    assert lists == [3]
+
+
+@pytest.mark.slow
+def test_workers_of_mpi_know_the_controls(slice_of_mnist, tmp_path):
+    pytest.importorskip("mpi4py")
+    search = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    mpi = [shutil.which("mpiexec", path=search), *"-n 3 -genv MPIR_CVAR_NOLOCAL 1".split()]
+    for engine, before, module in (("threads", [], []), ("mpi", mpi, ["-m", "mpi4py.futures"])):
+        command = [*before, sys.executable, *module, "examples/controls.py", tmp_path / engine]
+        options = "--rows deadzone prediction --seeds 1 --epochs 0.2 --reports 1 --engine".split()
+        command += [*options, engine, "--data", slice_of_mnist]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    for row in ("deadzone", "prediction"):
+        found, expected = (data.load_weights(tmp_path / engine / f"{row}-0.npz")[0] for engine in ("mpi", "threads"))
+        assert_same_params(found, expected)
 
 
 @pytest.mark.slow
@@ -184,7 +226,7 @@ def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
     assert arrays["settings"]["method"] == "relu" and len(params) == 3
     command = [sys.executable, "train.py", "--evaluate", tmp_path / "runs" / "relu-1.npz"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "expected weights of ES, found those of relu" in done.stderr
+    assert done.returncode == 2 and "expected weights of fpnl's network, found one with rectify" in done.stderr
 
 
 def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
@@ -220,8 +262,8 @@ def test_the_published_weights_are_those_of_the_main_job(mnist):
     """Its settings as they are now, and the accuracy that its log ends with."""
     params, arrays = data.load_weights(ROOT / "docs/weights.npz")
     log = (ROOT / "docs/runs/es-0.csv").read_text().splitlines()
-    settings = train.Settings(**arrays["settings"] | {"hidden": (*arrays["settings"]["hidden"],)})
+    defaults = json.loads(json.dumps({name: default for name, (default, *_) in train.OPTIONS.items()}))
     assert arrays["settings"] == json.loads(log[0][1:]) and arrays.keys() == {"settings"}
-    assert all(getattr(settings, name) == field.default for name, field in train.OPTIONS.items())
+    assert all(value == defaults.get(name, value) for name, value in arrays["settings"].items())
     accuracies = [fpnl.accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in zip(mnist[::2], mnist[1::2])]
     assert accuracies == pytest.approx([float(value) for value in log[-1].split(",")[3:5]], abs=2e-4)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import controls
 import gates
 import numpy as np
 import pytest
@@ -19,18 +20,18 @@ MESSAGE_AND_BELIEF = ["identity", "dead zone", "ReLU", "ESP", "sigmoid", "tanh"]
 def gates_case(unit, sizes=(64, 5, 4, 10), n=40):
     """A network of examples/gates.py in float64, as its functions take it, and its loss against a change of weights."""
     x, labels = RNG(5).uniform(0, 1, (n, sizes[0])), RNG(6).integers(0, sizes[-1], n)
-    theta = train.flattened(fpnl.init(RNG(4), sizes)).astype(np.float64)
-    params = train.as_params(theta + 0.05 * RNG(7).standard_normal(len(theta)), sizes)  # biases that are not 0
+    theta = controls.flattened(fpnl.init(RNG(4), sizes)).astype(np.float64)
+    params = controls.as_params(theta + 0.05 * RNG(7).standard_normal(len(theta)), sizes)  # biases that are not 0
 
     def loss(change):
-        return loss_of(unit, train.as_params(train.flattened(params) + change, sizes), x, labels)
+        return loss_of(unit, controls.as_params(controls.flattened(params) + change, sizes), x, labels)
 
     return params, x, labels, loss
 
 
 def loss_of(unit, params, x, labels):
-    outputs = gates.backprop(unit, params, x, labels)[2]
-    return np.mean(np.log(np.exp(outputs).sum(axis=1)) - outputs[np.arange(len(x)), labels])
+    logits = gates.backprop(unit, params, x, labels)[0][-1]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(x)), labels])
 
 
 @pytest.mark.parametrize("unit", MESSAGE_AND_BELIEF)
@@ -51,12 +52,12 @@ def test_hessian_holds_the_gates(unit):
     params, x, labels, _ = gates_case(unit)
     (W1, b1), *_ = params
     b1 += (0.5 if unit == "dead zone" else 0) + 1e-6 - (x[0] @ W1 + b1)
-    theta, sizes = train.flattened(params), (64, 5, 4, 10)
+    theta, sizes = controls.flattened(params), (64, 5, 4, 10)
 
     def differences(step):
         rows = []
         for e in step * np.eye(len(theta)):
-            up, down = (train.as_params(theta + s * e, sizes) for s in (1, -1))
+            up, down = (controls.as_params(theta + s * e, sizes) for s in (1, -1))
             up, down = (gates.gradient(unit, p, x, labels) for p in (up, down))
             rows.append((up - down) / (2 * step))
         return np.array(rows)
@@ -95,7 +96,7 @@ def test_backprop_and_es_train_one_network(unit):
     loss = fpnl.loss(fpnl.forward(params, x, transfer=transfer), labels)
     assert loss_of(unit, params, x, labels) == pytest.approx(loss, rel=1e-5)
     options = {"control_variate": True, "transfer": transfer}
-    estimates = [train.flattened(fpnl.es_gradient(params, x, labels, RNG(seed), **options)) for seed in range(200)]
+    estimates = [controls.flattened(fpnl.es_gradient(params, x, labels, RNG(seed), **options)) for seed in range(200)]
     mean = np.mean(estimates, axis=0)
     cosine = mean @ slope / np.linalg.norm(mean) / np.linalg.norm(slope)
     assert cosine > (0.8 if unit in ("dead zone", "ReLU") else 0.999)  # ES sees their jumps and kinks
@@ -103,18 +104,18 @@ def test_backprop_and_es_train_one_network(unit):
 
 @pytest.mark.parametrize("method", ["ES", "backprop"])
 def test_the_loop_gets_the_gradient(method):
-    """One step of train.py's loop without decay, whose update keeps the gradient."""
-    params, x, labels, _ = gates_case("tanh", n=70)  # two tasks
+    """The first step of train.py's loop, whose update keeps the gradient, and its loss."""
+    params, x, labels, loss = gates_case("tanh", n=300)  # in several tasks
     x, kept = x.astype(np.float32), []
-    options = {"seed": 1, "epochs": 1, "batch": 70, "block": 1, "sigma": 0.01}
+    options = {"seed": 1, "epochs": 1, "batch": 300, "block": 1, "sigma": 0.01, "lr": 0, "weight_decay": 0}
     run = gates.start("tanh", method, (5, 4), (x, labels, x, labels), **options)
-    run.weights[...] = train.flattened(params)
-    run.update = lambda p, g, m, v, step, lr, weight_decay: kept.append(g.copy())
-    train.steps(run, 0, 1)
+    run.params = [tuple(a.astype(np.float32) for a in layer) for layer in params]
+    run.update = lambda p, g, *others: kept.append(controls.flattened(g))
+    losses = [*train.steps(run)]
     expected = gates.gradient("tanh", params, x, labels)
-    np.testing.assert_allclose(
-        np.concatenate([g.ravel() for g in kept]), expected, atol=1e-5 if method == "backprop" else 1e-3
-    )
+    np.testing.assert_allclose(kept, [expected], atol=1e-3)
+    assert np.allclose(kept, expected, atol=1e-5) == (method == "backprop")
+    assert losses == pytest.approx([loss(0), loss(0)], rel=1e-5)
 
 
 def test_pools_by_area():
