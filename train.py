@@ -54,7 +54,7 @@ def number(kind, low, high):
 
 
 COUNT, SIZE, LONG, SHARE = number(int, 1, 1e6), number(float, 0, 1e38), number(float, 0, 1e6), number(float, 0, 1)
-# That decide the weights: default, kind, help.
+# Options that decide the weights: default, kind, help.
 OPTIONS = {
     "validation": (0, number(int, 0, 1e9), "hold out the last N training images"),
     "hidden": (fpnl.SIZES[1:-1], COUNT, "units of each hidden layer"),
@@ -71,7 +71,8 @@ OPTIONS = {
     "seed": (0, number(int, 0, math.inf), "of the weights, the order of the images and the mutations"),
 }
 PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
-# Images whose slopes, and whose losses, are taken together; of a batch for each mask of dropout; the least probability.
+# So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
+# each mask of dropout (mask); the least probability with which an image is measured; the version of all that.
 FIXED = {"version": 2, "task": 32, "piece": 128, "mask": 64, "least": 0.05}
 # Random streams of a seed.
 INIT, ORDER, DRAW = range(3)
@@ -106,19 +107,20 @@ def steps(run, map_pieces=map, **mapping):
     """Train, a step each time that the next loss is asked for; the last loss is that of the final weights.
 
     A loss is the mean over the batch that comes next, before the weights change: who does not like it can stop there.
+    (With importance 0 it is that which the gradient has anyway, of smoothed labels and thinned networks if there are.)
     The images that fill no batch at the end of an epoch are left out; each epoch has an order of its own.
 
     Importance sampling (Katharopoulos, Fleuret 2018): an image is measured with a probability q that grows with its
     loss, and counts 1 / q; so the expectation of the gradient is that of the whole batch, whatever q is.
     """
-    s, (images, labels, *_) = run.settings, run.sets
+    s, first, (images, labels, *_) = run.settings, run.step, run.sets
 
     def losses_of(x, y):
         return fpnl.cross_entropy(run.outputs(run.params, x)[-1], y)
 
-    for step in range(run.step, s.steps + 1):
+    for step in range(first, s.steps + 1):
         epoch, place = divmod(step, s.images // s.batch)
-        if place == 0 or step == run.step:
+        if place == 0 or step == first:
             order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(s.images)
         batch = order[place * s.batch : (place + 1) * s.batch]
         x, y = data.pixels(images[batch]), labels[batch]
@@ -131,9 +133,9 @@ def steps(run, map_pieces=map, **mapping):
             q = np.clip(s.importance * -np.expm1(-losses), s.least, 1)
         drawn = np.flatnonzero(rng.random(s.batch) < q)
 
-        rows = run.params, x[drawn], y[drawn], rng
+        given = run.params, x[drawn], y[drawn], rng
         how = {"weights": 1 / (q[drawn] * np.float32(s.batch)), "return_losses": True, **mapping}
-        grads, measured = run.gradient(*rows, **how) if len(drawn) else (zeros(run.params), losses)
+        grads, measured = run.gradient(*given, **how) if len(drawn) else (zeros(run.params), losses)
 
         yield float(np.mean(measured if losses is None else losses))
         if step < s.steps:
