@@ -170,6 +170,9 @@ def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cg
     return count
 
 
+DAMAGED = OSError, ValueError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error
+
+
 def save_weights(path, params, settings, **others):
     """[(W, b), ...] as W1, b1, ... in an .npz file, settings as JSON, and others: numbers, or lists like params, whose
     arrays have their name before these. The file is complete or not there at all."""
@@ -196,12 +199,12 @@ def load_weights(path):
     Raises ValueError if params, or the moments `m` and `v`, are not finite float32 that fit, or settings are no JSON.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         arrays["settings"] = dict(json.loads(str(arrays.get("settings", "{}"))))
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
     if not (params := _layers(path, arrays, "")):
         raise ValueError(f"{path}: expected W1, b1, ..., found {', '.join(arrays) or 'nothing'}")
@@ -218,7 +221,9 @@ def load_run(path):
     params, others = load_weights(path)
     with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
         step, seconds, settings = int(others["step"]), float(others["seconds"]), others["settings"]
-        if 0 <= step <= settings["steps"] and 0 <= seconds < math.inf:
+        sizes = [len(params[0][0]), *(len(b) for _, b in params)]
+        fits = settings["sizes"] == sizes and settings["hidden"] == sizes[1:-1]
+        if fits and 0 <= step <= settings["steps"] and 0 <= seconds < math.inf:
             return {"params": params, "m": others["m"], "v": others["v"], "step": step, "seconds": seconds}, settings
     raise ValueError(f"{path}: expected a run of train.py, found what is of use for --evaluate")
 

@@ -303,13 +303,13 @@ def engine(args):
                 raise ValueError("--engine mpi: expected workers: mpiexec -n 3 python -m mpi4py.futures train.py ...")
             deaf = {"initializer": exec, "initargs": (DEAF,)}
             with futures.MPIPoolExecutor(main=False, path=sys.path, env=ONE_THREAD, **deaf) as pool:
+                pool.bootup()
                 yield threads.map, compared(pool.map), n, n
         else:
             import distributed
 
-            own = {"n_workers": args.workers, "threads_per_worker": 1, "dashboard_address": None, "timeout": 60}
-            there = {"address": args.scheduler, "timeout": 5}
-            with distributed.Client(**there if args.scheduler else own) as client:
+            own = {"n_workers": args.workers, "threads_per_worker": 1, "dashboard_address": ":0", "timeout": 60}
+            with distributed.Client(**{"address": args.scheduler, "timeout": 5} if args.scheduler else own) as client:
                 client.wait_for_workers(1, timeout=5)
                 if not args.scheduler:
                     # Mute: errors come here anyway, and a heartbeat that finds no scheduler at the end is none.
@@ -435,7 +435,7 @@ def parse_args(argv=None):
     # fmt: on
     args = parser.parse_args(argv)
     state, saved = data.load_run(args.resume) if args.resume else ({}, {})
-    values = {name: v if isinstance(v, (bool, list)) else str(v) for name, v in saved.items() if name in OPTIONS}
+    values = {k: v if k in ("hidden", "control_variate") else str(v) for k, v in saved.items() if k in OPTIONS}
     parser.set_defaults(**values, flush="off" if saved.get("flush") == "off" else flush)
     parser.set_defaults(**PRESETS.get(args.preset, {}), state=state, saved=saved)
     args = parser.parse_args(argv)

@@ -83,21 +83,20 @@ def forward(params, x, ftz=True):
 
     Returns
     -------
-    fs, ms : lists of [n, features], [n, memory], one a row, and logits [n, classes], all float32.
+    f [rows, n, features], m [rows, n, memory] and logits [n, classes], float32.
     """
     first, second, readout = params
     m, fs, ms = np.zeros((len(x), len(readout[0])), np.float32), [], []
     for row in np.split(x, x.shape[1] // (len(first[0]) - len(readout[0])), axis=1):
-        (f,) = fpnl.activations([first], np.hstack([row, m]), ftz)
-        (m,) = fpnl.activations([second], np.hstack([f, m]), ftz, R)
-        fs.append(f)
-        ms.append(m)
-    return fs, ms, fpnl.forward([readout], m, ftz)
+        fs += fpnl.activations([first], np.hstack([row, m]), ftz)
+        ms += fpnl.activations([second], np.hstack([fs[-1], m]), ftz, R)
+        m = ms[-1]
+    return np.stack(fs), np.stack(ms), fpnl.forward([readout], m, ftz)
 
 
 def unrolled(params, x, ftz=True):
-    """The same, faster: f [rows, n, features], m [rows, n, memory], logits. ftz is True or False, or None: tanh stands
-    for the flush, and the logits are linear."""
+    """The same, faster, with the same bits where the flush is on. ftz is True or False, or None: tanh stands for the
+    flush, and the logits are linear."""
     ((W, b), (U, c), (V, d)), (t, u, v) = params, transfers(ftz)
     m, fs, ms = np.zeros((len(x), len(c)), np.float32), [], []
     for row in np.split(x, x.shape[1] // (len(W) - len(c)), axis=1):
@@ -147,7 +146,7 @@ def es(s, params, x, labels, rng, ftz=True, members=True):
         numbers = [np.arange(len(b)) // k for (_, b), k in zip(params, s.block)]
         blocks = [J == np.arange(J[-1] + 1)[:, None] for J in numbers]  # [blocks, units]
         r = differences(params, x, labels, sums[1], outputs, moved, blocks, ftz)
-        p = [a + (rest - a @ J.T) @ J * (change != 0) for a, rest, J, change in zip(p, r, blocks, c)]
+        p = [a + (rest - a @ B.T) @ B * (change != 0) for a, rest, B, change in zip(p, r, blocks, c)]
     return [*inputs, m], [*(a / (2 * e) for a, e in zip(p, moves)), out], logits
 
 
@@ -156,7 +155,7 @@ def differences(params, x, labels, sums, outputs, moved, blocks, ftz):
     memory; moved: outputs of members and mirror images, [rows, 2, n, units]."""
     ((W, b), (U, c), (V, d)), (t, u, v), n = params, transfers(ftz), len(x)
     features, memory = len(b), len(c)
-    f, m = (np.where(J[:, None, None], h[:, None], a[:, None, None]) for J, h, a in zip(blocks, moved, outputs))
+    f, m = (np.where(B[:, None, None], h[:, None], a[:, None, None]) for B, h, a in zip(blocks, moved, outputs))
     after = u(sums[:, None, None] + (f - outputs[0][:, None, None]) @ U[:features])
     ms = np.concatenate([after, m], axis=1)  # the members' memory, [rows, blocks, 2, n, memory]
     for i, row in enumerate(np.split(x, len(ms), axis=1)):

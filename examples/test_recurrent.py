@@ -1,11 +1,8 @@
 """The tests of recurrent.py."""
 
 import argparse
-import functools
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +14,7 @@ from test_controls import cells
 import data
 import fpnl
 import train
-from test_fpnl import RNG, ROOT, assert_same_bits, assert_same_params, needs_hardware
+from test_fpnl import MPI, RNG, ROOT, assert_same_bits, assert_same_params, needs_hardware, needs_mpi
 
 DEFAULTS = {name: default for name, (default, *_) in recurrent.SETTINGS.items()}
 HOW = argparse.Namespace(delta=(0.25, 1.0), block=(2, 3))
@@ -45,20 +42,20 @@ def literally(of_rows, x, ftz=True):
         m = over(plus(np.hstack([fs[-1] * S, m * R]) @ U, c), R)
         ms.append(m)
     V, d = of_rows[-1][2]
-    return [f * S for f in fs], [m * R for m in ms], times(over(plus((m * R) @ V, d), S), S)
+    return np.stack(fs) * S, np.stack(ms) * R, times(over(plus((m * R) @ V, d), S), S)
 
 
 @pytest.mark.parametrize("ftz", [True, False, pytest.param("hardware", marks=needs_hardware)])
 def test_forward_is_the_formula(small, ftz):
     """So is the faster one; to the bit where subnormals, which have fewer digits, are flushed."""
     params, x, _ = small
-    expected = literally([params] * 3, x, ftz)
-    for found, fast, of_formula in zip(recurrent.forward(params, x, ftz), recurrent.unrolled(params, x, ftz), expected):
-        assert_same_bits(np.stack(found), np.stack(of_formula))
-        np.testing.assert_allclose(fast, of_formula, rtol=1e-5, atol=1e-6)
+    networks = recurrent.forward(params, x, ftz), recurrent.unrolled(params, x, ftz), literally([params] * 3, x, ftz)
+    for found, fast, expected in zip(*networks, strict=True):
+        assert_same_bits(found, expected)
+        np.testing.assert_allclose(fast, expected, rtol=1e-5, atol=1e-6)
         if ftz:
-            assert_same_bits(fast, np.stack(of_formula))
-    assert np.mean(np.equal(expected[0], 0)) > 0.05 if ftz else np.all(expected[0])
+            assert_same_bits(fast, expected)
+    assert np.mean(networks[0][0] == 0) > 0.05 if ftz else np.all(networks[0][0])
 
 
 @pytest.mark.parametrize("ftz", [True, False])
@@ -67,9 +64,8 @@ def test_slopes_are_those_of_literal_mutation(small, ftz):
     params, x, labels = small
     inputs, slopes, _ = recurrent.es(HOW, params, x, labels, RNG(4), ftz)
     _, predicted, _ = recurrent.es(HOW, params, x, labels, RNG(4), ftz, members=False)
-    rng, units = RNG(4), [5, 4]
+    rng, units, checked = RNG(4), [5, 4], 0
     signs = [2 * rng.integers(0, 2, (3, 6, n)) - 1 for n in units]
-    checked = 0
     for l, step, i in np.ndindex(2, 3, 6):
         a = np.append(inputs[l][step, i], 1)
         size, delta, k = np.linalg.norm(a), HOW.delta[l], HOW.block[l]
@@ -95,8 +91,8 @@ def test_slopes_are_those_of_literal_mutation(small, ftz):
 def test_backprop_through_time_is_the_derivative(small):
     """Of sum_i w_i L_i, in two tasks."""
     params, x, labels = small
-    backprop, weights = functools.partial(recurrent.backprop, HOW), np.float32([0.3, 0.1, 0, 0.2, 1, 2])
-    grads, losses = recurrent.gradient(backprop, 4, params, x, labels, RNG(4), weights, return_losses=True)
+    method, weights = lambda *args: recurrent.backprop(HOW, *args), np.float32([0.3, 0.1, 0, 0.2, 1, 2])
+    grads, losses = recurrent.gradient(method, 4, params, x, labels, RNG(4), weights, return_losses=True)
     direction = [[RNG(5).standard_normal(a.shape, np.float32) for a in layer] for layer in params]
 
     def losses_at(t):
@@ -114,7 +110,7 @@ def test_the_update_is_clipped_and_has_three_rates(small):
     before, grads = ([[f(a) for a in layer] for layer in params] for f in (np.copy, np.ones_like))
     recurrent.update(0.25, params, grads, m, v, 1, 0.01, 0.5)
     assert sum(np.vdot(a, a) for a in fpnl.leaves(m)) == pytest.approx(0.1**2, rel=1e-4)
-    for (W, b), (V, d), few in zip(before, params, (4, 5, 4)):  # rows: below them are the weights of the memory before
+    for (W, b), (V, d), few in zip(before, params, (4, 5, 4)):  # rows: below them are weights of the memory before
         for found, expected in ((d, b - 0.01), (V[:few], 0.995 * W[:few] - 0.01), (V[few:], W[few:] - 0.0025)):
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -150,28 +146,23 @@ def test_the_published_table_is_that_of_the_published_logs(document):
         assert f"| {says} | {cells(f'recurrent/{row}')} |" in text
         of_row = json.loads(json.dumps(DEFAULTS | recurrent.ROWS[row][3]))
         for seed in range(3):
-            head = (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text().partition("\n")[0]
-            found = json.loads(head[2:].replace('"decay"', '"weight_decay"'))
-            assert found.items() >= (of_row | {"seed": seed}).items()
+            log = (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text().replace('"decay"', '"weight_decay"')
+            assert json.loads(log.partition("\n")[0][2:]).items() >= (of_row | {"seed": seed}).items()
 
 
 def test_the_published_weights_are_those_of_a_published_run(mnist):
-    params = recurrent.load_weights(ROOT / "docs/recurrent.npz")
-    log = (ROOT / "docs/runs/recurrent/es-0.csv").read_text().splitlines()
-    found = fpnl.accuracy(recurrent.forward(params, data.pixels(mnist[2]))[2], mnist[3])
-    assert found == pytest.approx(float(log[-1].split(",")[4]), abs=2e-4)
+    logits = recurrent.forward(recurrent.load_weights(ROOT / "docs/recurrent.npz"), data.pixels(mnist[2]))[2]
+    last = (ROOT / "docs/runs/recurrent/es-0.csv").read_text().splitlines()[-1].split(",")
+    assert fpnl.accuracy(logits, mnist[3]) == pytest.approx(float(last[4]), abs=2e-4)
 
 
 @pytest.mark.slow
+@needs_mpi
 def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
     """Threads, or processes elsewhere. The log begins with what it takes to repeat it."""
-    pytest.importorskip("mpi4py")
-    search = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    mpi = [shutil.which("mpiexec", path=search), *"-n 3 -genv MPIR_CVAR_NOLOCAL 1".split(), sys.executable]
-    for engine, start in {"threads": [sys.executable], "mpi": [*mpi, "-m", "mpi4py.futures"]}.items():
-        options = f"--rows es tanh --seeds 1 --epochs 0.02 --reports 1 --engine {engine}".split()
-        command = [*start, "examples/recurrent.py", tmp_path / engine, *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for engine, start in {"threads": [sys.executable], "mpi": MPI[: MPI.index("train.py")]}.items():
+        command = f"examples/recurrent.py {tmp_path / engine} --engine {engine} --rows es tanh --seeds 1 --epochs 0.02"
+        done = subprocess.run([*start, *command.split()], cwd=ROOT, capture_output=True, text=True, check=True)
         assert re.search(r"1 seeds +train +test\nES.* ± 0\.00 +\S+ ± 0\.00\ntanh.* ± 0.00 +\S+ ± 0.00\n$", done.stdout)
         assert json.loads((tmp_path / engine / "es-0.csv").read_text().splitlines()[0][2:])["epochs"] == 0.02
     for row in ("es", "tanh"):
