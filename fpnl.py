@@ -677,7 +677,8 @@ def gradient_from_slopes(slopes, params, x, labels, signs, weights, task=32, wor
     list of (dW, db), as if all biases acted, and the logits [n, classes].
     """
     rows = {"x": x, "labels": labels, "signs": signs}
-    parts = zip(*(np.array_split(array, -(-len(x) // task)) for array in rows.values()))
+    count = 2 * -(-len(x) // (2 * task)) if len(x) > task // 2 else 1
+    parts = zip(*(np.array_split(array, count) for array in rows.values()))
     found = mapped(slopes, [dict(zip(rows, part)) for part in parts], {"params": params}, workers, map_tasks)
     (*outputs, logits), slopes = ([np.concatenate(parts, axis=1) for parts in zip(*of)] for of in zip(*found))
     slopes = [s * weights for s in slopes]
@@ -707,8 +708,9 @@ def es_gradient(
         overwrite the logits.
     control_variate : whether the chain rule's prediction is taken out of a block's difference, where k > 1.
     weights : w, [n] float32, finite and >= 0: the gradient is that of sum_i w_i L_i. None: of the mean, w = 1 / n.
-    task : examples measured together, the cut being into tasks of equal size, at most so large; it decides the last
-        bits. A small network is faster with more than 32.
+    task : how many examples at most are measured together. They are cut into tasks of equal size, an even number of
+        them, so that two workers have the same to do, but one for half as many as `task` or fewer. That depends on n
+        alone, and decides the last bits. A small network is faster with more than 32.
     workers : None, and each task is mapped alone, or into how many lists of tasks the work is cut: each travels with
         the weights once, so their number is best that of the processes or machines.
     map_tasks : calls a function with each of a list of arguments and returns the results in their order, like

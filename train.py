@@ -73,7 +73,7 @@ OPTIONS = {
 PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 # So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
 # each mask of dropout (mask); the least probability with which an image is measured; the version of all that.
-FIXED = {"version": 2, "task": 32, "piece": 128, "mask": 64, "least": 0.05}
+FIXED = {"version": 2, "task": 32, "piece": 256, "mask": 64, "least": 0.05}
 # Random streams of a seed.
 INIT, ORDER, DRAW = range(3)
 # As fpnl takes it.

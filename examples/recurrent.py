@@ -94,6 +94,7 @@ def forward(params, x, ftz=True):
     return np.stack(fs), np.stack(ms), fpnl.forward([readout], m, ftz)
 
 
+@np.errstate(all="ignore")
 def unrolled(params, x, ftz=True):
     """The same, faster, with the same bits where the flush is on. ftz is True or False, or None: tanh stands for the
     flush, and the logits are linear."""
