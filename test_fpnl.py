@@ -3051,7 +3051,8 @@ def test_ctrl_c_in_the_terminal_of_workers_elsewhere(slice_of_mnist, tmp_path, e
         time.sleep(1)
         os.killpg(child.pid, signal.SIGINT)
     out, errors = child.communicate(timeout=60)
-    assert child.returncode and len(processes) > 2 and "Traceback" not in errors, errors
+    assert child.returncode or times == 2 and engine is MPI  # whose mpiexec may fail at that, and say 0
+    assert len(processes) > 2 and "Traceback" not in errors, errors
     if times == 1:
         step = int(saved(path)["step"])
         assert child.returncode == 130 and step > 0
