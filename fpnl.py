@@ -20,14 +20,16 @@ hardware of the post. So b2 / S and b3 / S are 0 while |b| < 1/2: those biases a
 
 Shapes: x [batch, inputs] float32, labels [batch] integers, W [fan_in, width], b [width], float32.
 
-On one machine with one BLAS, every function here gives bits that depend on its arguments alone, also
-in a thread that flushes already (another library may have switched the CPU to that) and whatever
+On one machine with one BLAS, every function here gives bits that depend on the values of its arguments
+and on the number of BLAS threads (with one, the work of a pool is fastest; those of a row of a product
+depend on the rows beside it, by a rounding): not on where an array lies or in which order, also in a
+thread that flushes already (another library may have switched the CPU to that) and whatever
 `np.seterr` says; both are left as they were. Two things cannot be helped: the threads of a BLAS that
 were started while the CPU flushed go on flushing in matrix products, and on a platform that
 `hardware_ftz` does not know a flush that is on stays on. Another CPU or BLAS sums a matrix product in
 another order.
 
-Left out: data and files (data.py), schedules and processes (train.py), and derivatives.
+Left out: data and files (data.py), schedules and pools (train.py), and derivatives.
 
 References
 ----------
