@@ -375,7 +375,6 @@ def test_anything_but_float32_is_a_type_error(op):
         np.float64(1),
         good.astype(np.float64),
         good.astype(np.float16),
-        good.astype(">f4"),
     ):
         with pytest.raises(TypeError, match="expected float32"):
             function(good, bad)
@@ -388,10 +387,10 @@ def test_anything_but_float32_is_a_type_error(op):
 @all_ops
 def test_wrong_values_are_value_errors(op):
     function, good = getattr(fpnl, op), np.ones(3, np.float32)
-    with pytest.raises(ValueError, match='tininess: expected "after" or "before"'):
+    with pytest.raises(ValueError, match=r"tininess: expected one of \('after', 'before'\), found 'during'"):
         function(good, good, tininess="during")
-    for daz in ("off", "no", 2, None):
-        with pytest.raises(ValueError, match="daz: expected True or False"):
+    for daz in ("off", "no", 2, 1, 0.0, None):
+        with pytest.raises(ValueError, match=r"daz: expected one of \(True, False\), found"):
             function(good, good, daz=daz)
     with pytest.raises(ValueError, match="broadcast"):
         function(good, good[:2])
@@ -410,8 +409,8 @@ def flags():
 
 def environment():
     """This thread's floating-point environment, byte for byte."""
-    fenv_t, read, *_ = fpnl._fpu_control()
-    read(env := fenv_t())
+    read, *_ = fpnl._fpu_control()
+    read(env := (ctypes.c_uint32 * 8)())
     return bytes(env)
 
 
@@ -437,20 +436,6 @@ def test_the_cpu_enters_a_mode_and_returns(ftz, daz):
         assert flags() == (ftz, daz)
     assert environment() == start
     assert flags() == (False, False)
-
-
-@needs_hardware
-def test_the_mode_as_a_decorator():
-    """Every call reads the environment anew."""
-    product = fpnl.hardware_ftz()(np.multiply.__call__)
-    start = environment()
-    for _ in range(2):
-        assert not product(TINIES, HALF).any()
-        assert environment() == start
-    with cpu_mode(False, True):
-        assert not product(TINIES, HALF).any()
-        assert flags() == (False, True)
-    assert environment() == start
 
 
 @needs_hardware
@@ -558,11 +543,11 @@ def test_other_words_and_libraries_are_a_runtime_error(forget_the_platform, monk
 @pytest.mark.parametrize("daz", [True, False])
 def test_flags_without_effect_are_a_runtime_error(forget_the_platform, monkeypatch, daz):
     """An emulator or instrumenting tool that takes the write and computes on; a CPU with one flag for both."""
-    fenv_t, read, write, register, mask, ftz_bit, daz_bit = fpnl._fpu_control()
+    read, write, register, ftz_bits, daz_bits = fpnl._fpu_control()
     before = environment()
     for control in (
-        (fenv_t, read, lambda env: None, register, mask, ftz_bit, daz_bit),
-        (fenv_t, read, write, register, mask, ftz_bit, 0) if daz else (fenv_t, read, write, register, mask, mask, mask),
+        (read, lambda env: None, register, ftz_bits, daz_bits),
+        (read, write, register, ftz_bits, 0) if daz else (read, write, register, ftz_bits | daz_bits, 0),
     ):
         fpnl._switch.cache_clear()
         monkeypatch.setattr(fpnl, "_fpu_control", lambda control=control: control)
@@ -583,36 +568,17 @@ def test_the_effect_is_looked_at_once_for_each_mode(forget_the_platform, monkeyp
     assert len(looked) == 2
 
 
-async def coroutine():
-    pass
-
-
-async def asynchronous_generator():
-    yield
-
-
-def generator():
-    yield
-
-
-@pytest.mark.parametrize("function", [coroutine, asynchronous_generator, generator], ids=lambda f: f.__name__)
-def test_what_runs_later_cannot_be_decorated(function):
-    """Its body would run outside of the mode, silently."""
-    with pytest.raises(TypeError, match="hardware_ftz: expected an ordinary function, found .*use `with"):
-        fpnl.hardware_ftz()(function)
-
-
-def test_a_flag_is_true_or_false():
-    """Any other string would be taken for true, and a function, decorated without parentheses, for a flag."""
-    for bad in ("off", "no", 2, None):
-        for flags_given in ({"daz": bad}, {"ftz": bad}):
-            with pytest.raises(ValueError, match="daz, ftz: expected True or False"):
-                fpnl.hardware_ftz(**flags_given)
-    with pytest.raises(ValueError, match="daz, ftz: expected True or False, found <function"):
-
-        @fpnl.hardware_ftz
-        def function():
-            pass
+def test_a_flag_is_true_or_false_and_the_mode_no_decorator():
+    """Any other string would be taken for true; the body of a decorated generator would run outside of the mode."""
+    for bad in ("off", "no", 2, 1, 0.0, None):
+        for name in ("daz", "ftz"):
+            with pytest.raises(ValueError, match=rf"{name}: expected one of \(True, False\), found {bad!r}"):
+                fpnl.hardware_ftz(**{name: bad})
+    fpnl.hardware_ftz(np.True_, np.False_)
+    with pytest.raises(ValueError, match=r"daz: expected one of \(True, False\), found <function"):
+        fpnl.hardware_ftz(flags)
+    with pytest.raises(TypeError, match="not callable"):
+        fpnl.hardware_ftz()(flags)
 
 
 @pytest.mark.parametrize("compute", [emulated, pytest.param(on_the_cpu, marks=needs_hardware)])
@@ -682,7 +648,7 @@ def test_init_refuses_what_is_no_network():
     for sizes in [(), (5,), (5, 0)]:
         with pytest.raises(ValueError, match="at least two positive widths"):
             fpnl.init(np.random.default_rng(0), sizes)
-    with pytest.raises(TypeError, match="rng: expected a numpy.random.Generator, found int"):
+    with pytest.raises(TypeError, match="rng: expected a numpy.random.Generator, found 0"):
         fpnl.init(0)
 
 
@@ -744,12 +710,12 @@ def test_forward_on_the_cpus_own_flags_has_the_same_bits(seed, mnist, trained):
         assert_same_bits(fpnl.forward(params, x), fpnl.forward(params, x, ftz="hardware"))
 
 
-def test_product_is_the_literal_product_of_subnormals():
+def test_later_products_are_the_literal_ones_of_subnormals():
     """Up to the rounding of every partial sum to a multiple of 2^-149, half of one each."""
     params, x, _ = example((40, 30, 20), n=25)
-    h = fpnl.activations(params, x)[0] / fpnl.SCALE
     W = params[1][0] / np.float32(8)  # sums around 2^-126, many of them subnormal
-    literal, rescaled = h @ W, fpnl.product(h, W)
+    h1, h2 = fpnl.activations([params[0], (W, params[1][1])], x, ftz=False)
+    literal, rescaled = h1 / fpnl.SCALE @ W, h2 / fpnl.SCALE
     subnormal = (np.abs(rescaled) < fpnl.TINY) & (rescaled != 0)
     assert subnormal.sum() > 100
     error = np.abs(literal.astype(np.float64) - rescaled.astype(np.float64))
@@ -783,36 +749,31 @@ def test_a_network_that_does_not_fit_is_refused():
     """The ES's arguments: test_bad_arguments_are_one_clear_error_before_any_work."""
     params, x, _ = example()
     wide = [(W.astype(np.float64), b) for W, b in params]
-    h = fpnl.activations(params, x)[0]
     for function in (fpnl.forward, fpnl.activations):
         for bad in ((wide, x), (params, x.astype(np.float64)), (params, x.tolist())):
             with pytest.raises(TypeError, match="expected float32 .*, found"):
                 function(*bad)
         for bad in ((params, x[:, :-1]), (params, x[0]), (params[::-1], x), ([(W, b[:-1]) for W, b in params], x)):
-            with pytest.raises(ValueError, match="do not fit"):
+            with pytest.raises(ValueError, match=r"layer \d: expected W \[.*, n\], b \[n\], n > 0, found"):
                 function(*bad)
-        for ftz in ("no", "off", 2, None):
-            with pytest.raises(ValueError, match='ftz: expected True, False or "hardware"'):
+        for ftz in ("no", "off", 2, 1, None, np.ones(2)):
+            with pytest.raises(ValueError, match=r"ftz: expected one of \(True, False, 'hardware'\), found"):
                 function(params, x, ftz)
         with pytest.raises(TypeError, match="scale: expected float32"):
             function(params, x, scale=2.0**125)
         with pytest.raises(TypeError, match="transfer's result: expected float32 .*, found float64"):
             function(params, x, transfer=lambda z: z.astype(np.float64))
-    for scale in (0, 0.5, 3, np.inf, np.nan):
-        with pytest.raises(ValueError, match="scale: expected a power of two"):
-            fpnl.product(h, params[1][0], np.float32(scale))
-    with pytest.raises(TypeError, match="expected float32"):
-        fpnl.product(h.astype(np.float64), params[1][0])
+        for scale in (0, 0.5, 3, np.inf, np.nan):
+            with pytest.raises(ValueError, match="scale: expected a power of two"):
+                function(params, x, scale=np.float32(scale))
 
 
-def test_loss_and_accuracy():
+def test_cross_entropy():
     logits = np.array([[2, 1, 0], [0, 1e4, 0], [-1e4, 1, 0]], np.float32)
     labels = np.array([0, 1, 2])
     p = np.exp([2.0, 1.0, 0.0]) / np.exp([2.0, 1.0, 0.0]).sum()
-    assert fpnl.loss(logits, labels) == pytest.approx(np.mean([-np.log(p[0]), 0, np.log(1 + np.e)]), rel=1e-6)
-    assert fpnl.loss(logits, labels).dtype == np.float32
-    assert fpnl.accuracy(logits, labels) == pytest.approx(2 / 3)
-    assert_same_bits(fpnl.cross_entropy(logits, labels).mean(), fpnl.loss(logits, labels))
+    found = fpnl.cross_entropy(logits, labels)
+    assert found == pytest.approx([-np.log(p[0]), 0, np.log(1 + np.e)], rel=1e-6) and found.dtype == np.float32
     before = logits.copy()
     stacked = np.stack([logits, 2 * logits])  # leading axes share the labels
     assert_same_bits(fpnl.cross_entropy(stacked, labels)[1], fpnl.cross_entropy(2 * logits, labels))
@@ -833,30 +794,33 @@ def test_smoothed_labels():
             fpnl.cross_entropy(logits, labels, smoothing=share)
 
 
-@pytest.mark.parametrize("function", [fpnl.cross_entropy, fpnl.loss, fpnl.accuracy], ids=lambda f: f.__name__)
-def test_labels_are_integers_a_row_and_in_range(function):
+def test_labels_are_integers_a_row_and_in_range():
     """(n, 1) does not broadcast silently to a wrong number, floats do not end in an IndexError."""
     logits = RNG(0).standard_normal((4, 3), dtype=np.float32)
-    for kind, says, labels in [
-        (ValueError, r"labels: expected shape \(4,\), .* found \(4, 1\)", np.zeros((4, 1), int)),
-        (ValueError, r"labels: expected shape \(4,\), .* found \(3,\)", np.zeros(3, int)),
+    for kind, found, labels in [
+        (ValueError, r"labels: expected shape \(4,\), found shape \(4, 1\)", np.zeros((4, 1), int)),
+        (ValueError, r"labels: expected shape \(4,\), found shape \(3,\)", np.zeros(3, int)),
         (TypeError, "labels: expected integers, found float64", np.zeros(4)),
         (TypeError, "labels: expected integers, found bool", np.zeros(4, bool)),
-        (ValueError, r"labels: expected integers in \[0, 3\), found 0 to 3", np.arange(4)),
-        (ValueError, r"labels: expected integers in \[0, 3\), found -1 to 2", np.arange(4) - 1),
+        (ValueError, r"labels: expected all in \[0, 3\), found \[0 1 2 3\]", np.arange(4)),
+        (ValueError, r"labels: expected all in \[0, 3\), found \[-1  0  1  2\]", np.arange(4) - 1),
     ]:
-        with pytest.raises(kind, match=says):
-            function(logits, labels)
-    with pytest.raises(ValueError, match=r"labels: expected shape \(0,\), 1 or more"):
-        function(logits[:0], np.zeros(0, int))
-    with pytest.raises(ValueError, match="logits: expected"):
-        function(logits[0], 1)
+        with pytest.raises(kind, match=found):
+            fpnl.cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match=r"logits: expected \[..., n, classes\], n >= 1, found shape \(0, 3\)"):
+        fpnl.cross_entropy(logits[:0], np.zeros(0, int))
+    with pytest.raises(ValueError, match=r"logits: expected \[..., n, classes\], n >= 1, found shape \(3,\)"):
+        fpnl.cross_entropy(logits[0], 1)
     with pytest.raises(TypeError, match="logits: expected float32 .*, found float64"):
-        function(logits.astype(np.float64), np.zeros(4, int))
-    function(logits, [0, 1, 2, 2])
+        fpnl.cross_entropy(logits.astype(np.float64), np.zeros(4, int))
+    fpnl.cross_entropy(logits, [0, 1, 2, 2])
 
 
 # --- The ES gradient --------------------------------------------------------------------------------
+
+
+def accuracy(logits, labels):
+    return np.mean(logits.argmax(axis=1) == labels)
 
 
 def relu(z):
@@ -920,20 +884,20 @@ def test_no_mutation_along_an_input_of_zero_has_an_effect(control_variate):
     plain, fast = (f(params, x, labels, RNG(0), **options) for f in (fpnl.es_gradient_plain, fpnl.es_gradient))
     assert_close_params(fast, plain)
     outputs, slopes = fpnl.es_slopes(params, x, labels, fpnl.mutation_signs(RNG(0), params, 4), **options)
-    assert not outputs[0][:, 1].any() and not slopes[1][:, 1].any() and slopes[0][:, 1].any()
-    assert slopes[1][:, 0].any()
+    assert not outputs[0][1].any() and not slopes[1][1].any() and slopes[0][1].any()
+    assert slopes[1][0].any()
 
 
 @needs_hardware
 def test_the_fast_path_flushes_by_the_cpu_if_asked_to(monkeypatch):
     """The bits are the same either way, so only this tells."""
     entered, enter = [], fpnl.hardware_ftz.__enter__
-    monkeypatch.setattr(fpnl.hardware_ftz, "__enter__", lambda self: entered.append(1) or enter(self))
+    monkeypatch.setattr(fpnl.hardware_ftz, "__enter__", lambda self: entered.append(self.switch.args) or enter(self))
     params, x, labels = example(n=3)
     for ftz, used in (("hardware", True), (True, False), (False, False)):
         entered.clear()
         fpnl.es_gradient(params, x, labels, RNG(0), ftz=ftz)
-        assert bool(entered) == used
+        assert ((True, True) in entered) == used and (False, False) in entered
 
 
 def test_another_transfer():
@@ -1005,7 +969,7 @@ def test_the_generators_state_decides_the_signs(n, kind):
 def test_the_dead_zone_is_the_scaling_of_the_network(ftz, exponent):
     """In units of 1/S, for all significands in the binades around the threshold and both signs."""
     scale = np.float32(2.0**exponent)
-    (_, _, t), _ = fpnl._layers([(np.ones((1, 1), np.float32), np.zeros(1, np.float32))] * 2, ftz, scale)
+    t = fpnl._network([(np.ones((1, 1), np.float32), np.zeros(1, np.float32))], np.ones((1, 1), "f"), ftz, scale)[2][0]
     for x in (scaling(), -scaling(), grid()[0]):
         x = x[np.isfinite(x) & (np.abs(x) < 4)] * np.float32(2.0 ** (exponent - 125))
         expected = fpnl.divide(x, scale) * scale
@@ -1052,7 +1016,7 @@ def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
     """The code in float64, one image with each of the 2^8 patterns of signs of two layers: to 1e-12, the mean of a
     unit's slopes is (L(z_j + sigma |a|) - L(z_j - sigma |a|)) / (2 sigma |a|), averaged over the signs of its block's
     other units, all others at their base. That is written out here."""
-    fpnl.loss(np.zeros((1, 2), np.float32), [0])  # looks at the CPU, once, in float32
+    fpnl.cross_entropy(np.zeros((1, 2), np.float32), [0])  # looks at the CPU, once, in float32
     monkeypatch.setattr(fpnl, "float32", np.float64)
     params, x, labels = example((5, 4, 4, 4, 4), n=1, seed=8)
     params, x = [(W.astype(float), b + RNG(1).normal(0, 0.1, b.shape)) for W, b in params], x.astype(float)
@@ -1079,8 +1043,8 @@ def test_what_the_slopes_estimate(control_variate, transfer, monkeypatch):
         for j, unit in enumerate(np.eye(4)):
             others = patterns * (1 - unit) * (l < 2)  # in the last two layers, a block is a unit
             differences = [loss(l, shift * (e + unit)) - loss(l, shift * (e - unit)) for e in others]
-            assert slopes[l][j].mean() == pytest.approx(np.mean(differences) / (2 * shift), rel=0, abs=1e-12)
-        assert np.abs(slopes[l]).max() > 0.01 and (l >= 2 or slopes[l].std(axis=1).max() > 1e-3)
+            assert slopes[l][:, j].mean() == pytest.approx(np.mean(differences) / (2 * shift), rel=0, abs=1e-12)
+        assert np.abs(slopes[l]).max() > 0.01 and (l >= 2 or slopes[l].std(axis=0).max() > 1e-3)
 
 
 def test_the_control_variate_takes_the_noise_of_a_block_away():
@@ -1134,7 +1098,8 @@ def test_work_is_cut_into_equal_tasks_and_a_list_for_each_worker():
         tasks = list(itertools.chain(*found))
         assert [len(task["x"]) for task in tasks] == [12, 12, 12, 12, 11, 11]
         np.testing.assert_array_equal(np.concatenate([task["x"] for task in tasks]), x)
-        assert len(pickle.dumps(found)) < x.nbytes + 70 * 100 and not any("params" in task for task in tasks)
+        weights = sum(a.nbytes for a in fpnl.leaves(params))
+        assert sum(len(pickle.dumps(each)) for each in found) < x.nbytes + 70 * 100 + len(found) * (weights + 2000)
 
 
 def test_an_error_of_a_worker_is_raised():
@@ -1160,17 +1125,17 @@ def elsewhere(tree, offset, order="C"):
 def test_bits_depend_on_values_and_not_on_where_they_are(sizes, offset, order):
     """As a network's messages bring them: BLAS takes other kernels for arrays that NumPy has to copy."""
     params, x, labels = example(sizes, n=3)
-    signs, h = fpnl.mutation_signs(RNG(1), params, 3), fpnl.activations(params, x)[0] / fpnl.SCALE
+    signs = fpnl.mutation_signs(RNG(1), params, 3)
 
-    def found(params, x, signs, h):
+    def found(params, x, signs):
         grads = fpnl.es_gradient(params, x, labels, RNG(1), control_variate=True, weights=x[:, 0])
-        results = [*fpnl.es_slopes(params, x, labels, signs), fpnl.product(h, params[1][0]), fpnl.forward(params, x)]
+        results = [*fpnl.es_slopes(params, x, labels, signs), fpnl.forward(params, x)]
         if sizes[0] < 100:
             results += [fpnl.es_gradient_plain(params, x, labels, RNG(1)), fpnl.activations(params, x)]
         return fpnl.leaves([grads, *results])
 
-    moved = (elsewhere(a, offset, order) for a in (params, x, signs, h))
-    for a, b in zip(found(*moved), found(params, x, signs, h), strict=True):
+    moved = (elsewhere(a, offset, order) for a in (params, x, signs))
+    for a, b in zip(found(*moved), found(params, x, signs), strict=True):
         assert_same_bits(a, b)
 
 
@@ -1196,19 +1161,21 @@ def test_weights_are_of_the_examples():
 
 
 def test_gradient_from_slopes_is_the_chain_rule_of_what_is_measured():
-    """Of a function that knows the derivative of a linear network, cut and mapped like ES; all biases act."""
+    """Of a function that knows the derivative of a linear network, cut and mapped like ES; some biases act, or all."""
     params, x, labels = example((12, 10, 5), n=7)
     (W1, b1), (W2, b2) = params
 
     def slopes(params, x, labels, signs):
-        h = (x @ W1 + b1).T
-        o = W2.T @ h + b2[:, None]
-        return [h, o], [W2 @ o, o]  # of |o|^2 / 2
+        h = x @ W1 + b1
+        o = h @ W2 + b2
+        return [h, o], [o @ W2.T, o]  # of |o|^2 / 2
 
     signs, weights = np.zeros((7, 0)), RNG(0).random(7, np.float32)
     lists = []
     how = {"task": 3, "workers": 2, "map_tasks": lambda f, these: lists.extend(these) or map(f, these)}
-    grads, logits = fpnl.gradient_from_slopes(slopes, params, x, labels, signs, weights, **how)
+    first, _ = fpnl.gradient_from_slopes(slopes, params, x, labels, signs, weights, 1)
+    grads, logits = fpnl.gradient_from_slopes(slopes, params, x, labels, signs, weights, 2, **how)
+    assert first[0][1].any() and not first[1][1].any()
     h = x @ W1 + b1
     np.testing.assert_allclose(logits, h @ W2 + b2, atol=1e-5)
     delta = logits * weights[:, None]
@@ -1268,12 +1235,12 @@ def test_gradient_of_a_linear_layer_is_the_analytic_one(options):
 
 def test_descent_descends():
     params, x, labels = example((20, 16, 16, 4), n=64)
-    before = fpnl.loss(fpnl.forward(params, x), labels)
+    before = fpnl.cross_entropy(fpnl.forward(params, x), labels).mean()
     for step in range(20):
         for layer, grads in zip(params, fpnl.es_gradient(params, x, labels, RNG(step), block=4)):
             for a, g in zip(layer, grads):
                 a -= np.float32(0.1) * g
-    assert fpnl.loss(fpnl.forward(params, x), labels) < 0.9 * before
+    assert fpnl.cross_entropy(fpnl.forward(params, x), labels).mean() < 0.9 * before
 
 
 def test_bad_arguments_are_one_clear_error_before_any_work():
@@ -1283,40 +1250,41 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
     wide = [(W.astype(np.float64), b) for W, b in params]
     cases = [
         (TypeError, "rng: expected a numpy.random.Generator, found RandomState", {"rng": np.random.RandomState(0)}),
-        (TypeError, "rng: expected a numpy.random.Generator, found int", {"rng": 0}),
+        (TypeError, "rng: expected a numpy.random.Generator, found 0", {"rng": 0}),
         (TypeError, "W1: expected float32 .*, found float64", {"params": wide}),
         (TypeError, "x: expected float32 .*, found float64", {"x": x.astype(np.float64)}),
-        (ValueError, "do not fit", {"x": x[:, 1:]}),
-        (ValueError, "do not fit", {"x": x[0]}),
+        (ValueError, r"layer 1: expected W \[11, n\]", {"x": x[:, 1:]}),
+        (ValueError, r"layer 1: expected W \[shape \(12,\), n\]", {"x": x[0]}),
         (ValueError, r"params: expected \[\(W, b\), ...\]", {"params": []}),
         (ValueError, "labels: expected 0 >= 1 rows", {"x": x[:0], "labels": labels[:0]}),
         (ValueError, "labels: expected 6 >= 1 rows", {"labels": labels[1:]}),
-        (ValueError, r"labels: expected shape \(6,\)", {"labels": labels[:, None]}),
+        (ValueError, r"labels: expected shape \(6,\), found shape \(6, 1\)", {"labels": labels[:, None]}),
         (TypeError, "labels: expected integers, found float32", {"labels": labels.astype(np.float32)}),
-        (ValueError, r"labels: expected integers in \[0, 5\), found 5 to ", {"labels": labels + 5}),
-        (ValueError, r"labels: expected integers in \[0, 5\), found -", {"labels": labels - 5}),
-        *(
-            (ValueError, "sigma, block: expected a finite number > 0", {"sigma": v})
-            for v in (0, -1, np.inf, np.nan, "1")
-        ),
-        *((ValueError, "sigma, block: .*, an integer >= 1", {"block": v}) for v in (0, -1, 1.5, "8", None)),
-        *((ValueError, 'ftz: expected True, False or "hardware"', {"ftz": v}) for v in ("off", "emulated", 2, None)),
+        (ValueError, r"labels: expected all in \[0, 5\), found \[", {"labels": labels + 5}),
+        (ValueError, r"labels: expected all in \[0, 5\), found \[", {"labels": labels - 5}),
+        *((ValueError, "sigma: expected finite, >= 2", {"sigma": v}) for v in (0, -1, 2.0**-127, np.inf, np.nan, "1")),
+        *((ValueError, "block: expected an integer >= 1, found", {"block": v}) for v in (0, -1, 1.5, "8", None)),
+        *((ValueError, "ftz: expected one of .True, False, 'hardware'.", {"ftz": v}) for v in ("off", 2, 1, 0.0, None)),
         *((TypeError, "scale: expected float32", {"scale": v}) for v in (2.0**125, 1, None)),
         *((ValueError, "scale: expected a power of two", {"scale": np.float32(v)}) for v in (0, 0.5, 3, np.inf, -2)),
-        (TypeError, "transfer's result: expected float32 .*, found str", {"transfer": "tanh"}),
+        (TypeError, "transfer's result: expected float32 .*, found <U4", {"transfer": "tanh"}),
         (TypeError, "transfer's result: expected float32 .*, found float64", {"transfer": lambda z: z.astype(float)}),
         (ValueError, "transfer: expected a result of its argument's shape", {"transfer": lambda z: z[0]}),
         (TypeError, "result of losses: expected float32", {"losses": lambda o, y: calls.append(1) or o.sum(-1, float)}),
         (ValueError, "losses: expected .* for logits", {"losses": lambda o, y: o}),
         (TypeError, "jitter", {"jitter": 0.1}),
         (TypeError, "weights: expected float32 .*, found float64", {"weights": np.ones(6)}),
-        (ValueError, r"weights: expected 6 finite numbers >= 0, found shape \(5,\)", {"weights": np.ones(5, "f")}),
+        (
+            ValueError,
+            r"weights: expected 6 finite numbers >= 0, found \[1. 1. 1. 1. 1.\]",
+            {"weights": np.ones(5, "f")},
+        ),
         *(
             (ValueError, "weights: expected 6 finite numbers >= 0", {"weights": np.array([1, 1, 1, w, 1, 1], "f")})
             for w in (-1e-9, np.inf, np.nan)
         ),
-        (ValueError, "do not fit", {"params": [(params[0][0][:, :0], params[0][1][:0])]}),
-        *((ValueError, "control_variate: expected True or False", {"control_variate": v}) for v in ("off", 2, None)),
+        (ValueError, "layer 1: .*, n > 0, found", {"params": [(params[0][0][:, :0], params[0][1][:0])]}),
+        *((ValueError, "control_variate: expected one of", {"control_variate": v}) for v in ("off", 2, 1, 0.0, None)),
     ]
     for kind, says, change in cases:
         rng = RNG(0)
@@ -1340,6 +1308,150 @@ def test_bad_arguments_are_one_clear_error_before_any_work():
     with pytest.raises(ValueError, match=r"signs: expected shape \(6, 24\) of -1 and \+1"):
         fpnl.es_slopes(params, x, labels, np.zeros((6, 24), np.int8))
     assert_same_params(params, before)
+
+
+class Other:
+    """An array of another library, which NumPy may read, or may not: `refuses` is what it raises then."""
+
+    def __init__(self, array, refuses=None):
+        self.array, self.refuses = array, refuses
+
+    def __array__(self, dtype=None, copy=None):
+        if self.refuses:
+            raise self.refuses
+        return np.array(self.array, dtype)
+
+    def __len__(self):
+        return len(self.array)
+
+
+KINDS = {  # of the same values
+    "matrix": lambda a: a.view(np.matrix) if a.ndim == 2 else a,
+    "subclass": lambda a: a.view(np.recarray),
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "Fortran": np.asfortranarray,
+    "other byte order": lambda a: a.astype(a.dtype.newbyteorder()),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "another library's": Other,
+}
+
+
+def calls(kind):
+    """Every public function that takes arrays, each of them of that kind: name -> function."""
+    params, x, labels = example(n=7)
+    signs, weights = fpnl.mutation_signs(RNG(1), params, 7), np.linspace(0, 1, 7, dtype=np.float32)
+    logits, zero = fpnl.forward(params, x), [np.zeros_like(a) for a in fpnl.leaves(params)]
+    given = [(kind(W), kind(b)) for W, b in params], kind(x), kind(labels)
+    found = {op: functools.partial(getattr(fpnl, op), kind(x), kind(x[0])) for op in OPS}
+    found |= {"flush": lambda: fpnl.flush(kind(x * TINY)), "forward": lambda: fpnl.forward(*given[:2])}
+    found |= {"activations": lambda: fpnl.activations(*given[:2], ftz=False)}
+    found |= {"cross_entropy": lambda: fpnl.cross_entropy(kind(logits), kind(labels))}
+    found |= {"es_slopes": lambda: fpnl.es_slopes(*given, kind(signs))}
+    found |= {f.__name__: functools.partial(f, *given, RNG(2), weights=kind(weights)) for f in GRADIENTS}
+
+    def gradient_from_slopes():
+        rows = given[1], kind(labels), kind(signs), kind(weights)
+        return fpnl.gradient_from_slopes(fpnl.es_slopes, given[0], *rows, 1, task=3)
+
+    def adamw():
+        """Of the gradient alone: what is changed is not converted."""
+        p, m, v = ([a.copy() for a in zero] for _ in range(3))
+        fpnl.adamw(p, [kind(a) for a in fpnl.leaves(params)], m, v, step=1, lr=1.0)
+        return [p, m, v]
+
+    return found | {"gradient_from_slopes": gradient_from_slopes, "adamw": adamw}
+
+
+GRADIENTS = fpnl.es_gradient, fpnl.es_gradient_plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_passes_a_check_is_what_is_computed_with(kind):
+    """Nothing is lost by what is converted: the same bits, in arrays of NumPy's own."""
+    for (name, function), expected in zip(calls(KINDS[kind]).items(), calls(np.asarray).values(), strict=True):
+        for a, b in zip(fpnl.leaves(function()), fpnl.leaves(expected()), strict=True):
+            assert type(a) in (np.ndarray, np.float32), name
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (lambda a: np.ma.array(a, mask=a > a.mean()), "expected an array without a mask, found a masked one"),
+        (lambda a: np.ma.array(a), "expected an array without a mask, found a masked one"),
+        (lambda a: Other(a, RuntimeError("on the GPU")), "expected an array, found Other: on the GPU"),
+        (lambda a: Other(a, TypeError("use .get()")), "expected an array, found Other: use .get()"),
+    ],
+    ids=["masked", "no mask", "with a gradient", "of a GPU"],
+)
+def test_what_would_lose_something_is_refused_by_name(kind, says):
+    for name, function in calls(kind).items():
+        with pytest.raises(TypeError, match=r"^\w+: " + re.escape(says)):
+            pytest.fail(f"{name}: {function()}")
+
+
+def test_each_argument_is_looked_at():
+    """One masked array among ordinary ones, and arrays of no dimension, before any work."""
+    params, x, labels = example(n=7)
+    signs, weights = fpnl.mutation_signs(RNG(1), params, 7), np.ones(7, np.float32)
+    good = {"params": params, "x": x, "labels": labels, "signs": signs, "weights": weights, "rng": None}
+    masked = {name: np.ma.array(a) for name, a in good.items() if isinstance(a, np.ndarray)}
+    masked["params"] = [*params[:2], (params[2][0], np.ma.array(params[2][1]))]
+    scalars = {name: np.array(a.ravel()[0]) for name, a in good.items() if isinstance(a, np.ndarray)}
+    scalars["params"] = [(np.array(W[0, 0]), np.array(b[0])) for W, b in params]
+    for function, names in (
+        (fpnl.forward, ["params", "x"]),
+        (fpnl.activations, ["params", "x"]),
+        (fpnl.es_slopes, ["params", "x", "labels", "signs"]),
+        (fpnl.es_gradient, ["params", "x", "labels", "rng", "weights"]),
+        (fpnl.es_gradient_plain, ["params", "x", "labels", "rng", "weights"]),
+    ):
+        for name in set(names) - {"rng"}:
+            for change, error, says in ((masked, TypeError, "masked"), (scalars, ValueError, "expected .*, found")):
+                rng = RNG(0)
+                with pytest.raises(error, match=says):
+                    function(**{n: rng if n == "rng" else good[n] for n in names} | {name: change[name]})
+                assert rng.bit_generator.state == RNG(0).bit_generator.state
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_adamw_changes_arrays_of_numpys_own_alone(place):
+    """p, m and v: no copy, which would be changed in their stead. Subclasses and strides share their memory."""
+    state, says = [np.full((2, 3), 0.5, np.float32) for _ in range(4)], "p, m, v: expected NumPy's own arrays"
+    expected = [a.copy() for a in state]
+    fpnl.adamw(*expected, step=1, lr=0.1)
+    for kind in (KINDS["matrix"], KINDS["subclass"]):
+        found = [a.copy() for a in state]
+        found[place] = kind(found[place])
+        fpnl.adamw(*found, step=1, lr=0.1)
+        for a, b in zip(found, expected, strict=True):
+            assert_same_bits(np.asarray(a), b)
+    for kind, error in (
+        (Other, ValueError),
+        (KINDS["other byte order"], ValueError),
+        (KINDS["read-only"], ValueError),
+        (np.ma.array, TypeError),
+    ):
+        given = [a.copy() for a in state]
+        given[place] = kind(given[place])
+        with pytest.raises(error, match=says if error is ValueError else "masked"):
+            fpnl.adamw(*given, step=1, lr=0.1)
+        for a, b in zip(given, state):
+            assert_same_bits(np.asarray(getattr(a, "array", a), np.float32), b)
+
+
+def test_the_float_below_the_threshold_lives_in_later_layers_alone():
+    """0.49999997 / S is divided in IEEE arithmetic there, and is rounded to TINY: so `forward` and `es_gradient_plain`.
+    In the first layer it flushes, and `es_slopes` has one dead zone for all."""
+    below, one = np.float32(0.49999997), np.ones((1, 1), np.float32)
+    zero = np.zeros(1, np.float32)
+    for ftz in (True, *["hardware"] * HARDWARE):
+        first, later = [(one * below, zero), (one, zero)], [(one, zero), (one * below, zero)]
+        assert [h.item() for h in fpnl.activations(first, one, ftz)] == [0, 0]
+        assert [h.item() for h in fpnl.activations(later, one, ftz)] == [1, 0.5]
+        outputs, _ = fpnl.es_slopes(later, one, [0], np.ones((1, 2), np.int8), ftz=ftz)
+        assert [h.item() for h in outputs] == [1, 0]
+    assert [h.item() for h in fpnl.activations(later, one, ftz=False)] == [1, 0.5]  # rounded there, too
 
 
 def test_adamw_is_the_published_algorithm():
@@ -1410,10 +1522,10 @@ def test_adamw_takes_what_es_gradient_returns():
         (ValueError, "lr, weight_decay", (p, g, m, v, 1, 0.1, 0, 0.9, 0.999, 0.0)),
         (TypeError, "p: expected float32 .*, found float64", (wide, g, m, v, 1, 0.1)),
         (TypeError, "g: expected float32 .*, found float64", (p, wide, m, v, 1, 0.1)),
-        (ValueError, "p, g, m, v: expected writable arrays of the same shapes", (p, g, m, short, 1, 0.1)),
-        (ValueError, "p, g, m, v: expected writable arrays of the same shapes", (p, g[::-1], m, v, 1, 0.1)),
-        (ValueError, "p, g, m, v: expected writable arrays", (p, g, m, [*v[:2], fixed], 1, 0.1)),
-        (ValueError, "p, g, m, v: expected writable arrays", (np.float32(1), *[np.ones((), np.float32)] * 3, 1, 0.1)),
+        (ValueError, "p, g, m, v: expected the same shapes", (p, g, m, short, 1, 0.1)),
+        (ValueError, "p, g, m, v: expected the same shapes", (p, g[::-1], m, v, 1, 0.1)),
+        (ValueError, "p, m, v: expected .* writable", (p, g, m, [*v[:2], fixed], 1, 0.1)),
+        (ValueError, "p, m, v: expected NumPy's own", (np.float32(1), *[np.ones((), np.float32)] * 3, 1, 0.1)),
     ]:
         with pytest.raises(kind, match=says):
             fpnl.adamw(*arguments)
@@ -1429,14 +1541,13 @@ def material():
     """Arguments, made once: a CPU that flushes would make others."""
     params, x, labels = example((12, 10, 9, 5), n=5)
     small = np.concatenate([grid()[0][:200], x.ravel() * TINY])
-    h = fpnl.activations(params, x)[0] / np.float32(16) / fpnl.SCALE
     state = [np.full(3, 2.0**e, np.float32) for e in (-120, -63, -130, -140)]
-    return params, x, labels, small, h, (x[:, :5] * TINY).copy(), x * TINY, state
+    return params, x, labels, small, (x[:, :5] * TINY).copy(), state
 
 
 def everything():
     """Every public function of numbers, on small arguments: the bits of all results."""
-    params, x, labels, small, h, logits, tiny_x, state = material()
+    params, x, labels, small, logits, state = material()
     found, state = [fpnl.flush(small)], [a.copy() for a in state]
     for op, daz, tininess in itertools.product(OPS, (True, False), ("after", "before")):
         found.append(getattr(fpnl, op)(small, small[::-1], daz, tininess))
@@ -1446,9 +1557,7 @@ def everything():
         found += itertools.chain(*itertools.chain(*gradients))
         signs = fpnl.mutation_signs(RNG(2), params, len(x))
         found += itertools.chain(*fpnl.es_slopes(params, x, labels, signs, control_variate=True, **network))
-    found += [fpnl.product(h, params[1][0]), fpnl.product(tiny_x, params[0][0], np.float32(2.0**127))]
-    found += [fpnl.cross_entropy(logits, labels), fpnl.loss(logits, labels)]
-    found.append(np.float32(fpnl.accuracy(logits, labels)))
+    found.append(fpnl.cross_entropy(logits, labels))
     fpnl.adamw(*state, step=1, lr=1e-3, weight_decay=0.1)
     return [bits(a) for a in found + state]
 
@@ -1493,6 +1602,17 @@ def test_nothing_happens_at_import_and_no_global_generator_is_touched():
     params, x, labels = example()
     fpnl.es_gradient(params, x, labels, RNG(0))
     assert np.array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_fpnl_alone_in_a_folder(tmp_path):
+    """It needs NumPy 2, and says so."""
+    shutil.copy(ROOT / "fpnl.py", tmp_path)
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    code = "import numpy as np, fpnl; print(fpnl.__file__, fpnl.forward(fpnl.init(np.random.default_rng(0)), X).shape)"
+    done = run([sys.executable, "-c", code.replace("X", "np.ones((2, 784), 'f')")], check=True)
+    assert done.stdout.split()[0] == str(tmp_path / "fpnl.py") and done.stdout.endswith("(2, 10)\n")
+    done = run([sys.executable, "-c", "import numpy; numpy.__version__ = '1.26.4'; import fpnl"])
+    assert done.stderr.splitlines()[-1] == "ImportError: fpnl: expected NumPy 2 or later, found 1.26.4"
 
 
 def test_the_readmes_example(capsys):
@@ -1709,8 +1829,8 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
         fpnl.adamw(W, x.T @ p / np.float32(len(x)), *state[:2], step, 1e-2)
         fpnl.adamw(b, p.mean(axis=0), *state[2:], step, 1e-2)
         if step % 20 == 0:
-            best_train = max(best_train, fpnl.accuracy(x @ W + b, train_y))
-            best_test = max(best_test, fpnl.accuracy(held @ W + b, test_y))
+            best_train = max(best_train, accuracy(x @ W + b, train_y))
+            best_test = max(best_test, accuracy(held @ W + b, test_y))
     assert best_train > 0.9 and best_test > 0.87  # the linear model is a fair one
     assert train > best_train and test > best_test + 0.01
     weights = saved(tmp_path / "w.npz")
@@ -1718,8 +1838,8 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
         "W1": (784, 512), "b1": (512,), "W2": (512, 512), "b2": (512,), "W3": (512, 10), "b3": (10,),
     }  # fmt: skip
     params = [(weights[f"W{i}"], weights[f"b{i}"]) for i in (1, 2, 3)]
-    assert fpnl.accuracy(fpnl.forward(params, held), test_y) == pytest.approx(test, abs=5e-5)
-    assert fpnl.accuracy(fpnl.forward(params, held, ftz=False), test_y) < best_test  # it is the underflow
+    assert accuracy(fpnl.forward(params, held), test_y) == pytest.approx(test, abs=5e-5)
+    assert accuracy(fpnl.forward(params, held, ftz=False), test_y) < best_test  # it is the underflow
     assert not weights["b2"].any() and not weights["b3"].any() and weights["b1"].any()
 
 
@@ -1906,7 +2026,9 @@ def test_without_importance_all_images_are_measured_and_es_tells_the_loss(tiny_r
     tiny_run.gradient = lambda *rows, **how: weights.append(how["weights"]) or es(*rows, **how)
     batch = RNG((0, train.ORDER, 0)).permutation(10000)[:200]
     logits = fpnl.forward(tiny_run.params, data.pixels(tiny_run.sets[0][batch]))
-    assert next(train.steps(tiny_run)) == pytest.approx(fpnl.loss(logits, tiny_run.sets[1][batch]), rel=1e-5)
+    assert next(train.steps(tiny_run)) == pytest.approx(
+        fpnl.cross_entropy(logits, tiny_run.sets[1][batch]).mean(), rel=1e-5
+    )
     np.testing.assert_allclose(weights.pop(), np.full(200, 1 / 200), rtol=1e-6)
 
 
@@ -2017,9 +2139,7 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
     params = fpnl.init(np.random.default_rng((7, 0)))
     assert_same_bits(saved(tmp_path / "w.npz")["W2"], params[1][0])
     train_x, train_y, test_x, test_y = data.load(slice_of_mnist)
-    expected = [
-        fpnl.accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in ((train_x, train_y), (test_x, test_y))
-    ]
+    expected = [accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in ((train_x, train_y), (test_x, test_y))]
     assert result(done) == pytest.approx(expected, abs=5.1e-5)
 
 
@@ -2190,7 +2310,7 @@ def test_a_worker_with_other_bits_is_named_once(capsys):
             fpnl.es_gradient(params, x, labels, RNG(0), task=2, workers=3, map_tasks=its_map)
         errors = capsys.readouterr().err
         assert errors.count("computes other bits than this process") == errors.count("\n") == says
-        assert not says or f"worker {platform.node()} ({platform.machine()}, NumPy {np.__version__})" in errors
+        assert not says or f"worker {platform.node()} computes" in errors
 
 
 @pytest.mark.parametrize("lr", [0.3, 1, 1e9, 1e38])
@@ -2204,7 +2324,7 @@ def test_a_run_that_falls_apart_says_so_and_keeps_the_last_good_state(small, tmp
     params, others = data.load_weights(tmp_path / "w.npz")
     x, labels, *_ = data.load(small[1])
     assert others["step"] == int(found[2]) - 1 == (lr == 0.3)
-    assert fpnl.loss(fpnl.forward(params, data.pixels(x)), labels) < 10 * np.log(10)
+    assert fpnl.cross_entropy(fpnl.forward(params, data.pixels(x)), labels).mean() < 10 * np.log(10)
 
 
 def test_the_network_of_a_run_has_a_name_in_its_file(small, tmp_path, call):

@@ -249,11 +249,12 @@ def score(run, which, map_pieces):
     """Loss, accuracy and share of live units in each layer, over the whole set whose images are in that place."""
 
     def sums(images, y):
-        *_, logits = hs = run.outputs(run.params, data.pixels(images))
-        return len(y) * np.array([fpnl.loss(logits, y), fpnl.accuracy(logits, y), *(np.mean(h != 0) for h in hs)])
+        *_, o = hs = run.outputs(run.params, data.pixels(images))
+        found = fpnl.cross_entropy(o, y), o.argmax(axis=1) == y, *(h != 0 for h in hs)
+        return [len(y) * np.mean(a, dtype=float) for a in found]
 
     pieces = (np.array_split(rows, math.ceil(len(rows) / 1000)) for rows in run.sets[which : which + 2])
-    return [float(value) for value in sum(map_pieces(sums, *pieces)) / len(run.sets[which])]
+    return (np.sum([*map_pieces(sums, *pieces)], axis=0) / len(run.sets[which])).tolist()
 
 
 @contextlib.contextmanager
@@ -363,9 +364,8 @@ def evaluate_file(args):
     x = x.reshape(len(x), math.prod(x.shape[1:]))
     if x.shape[1] != (inputs := len(params[0][0])):
         raise ValueError(f"{args.evaluate}: expected weights for {x.shape[1]} pixels, found {inputs}")
-    ftz, pieces = FTZ["off" if settings["flush"] == "off" else args.flush], math.ceil(len(x) / 1000) or 1
-    found = [fpnl.forward(params, data.pixels(piece), ftz).argmax(axis=1) for piece in np.array_split(x, pieces)]
-    found = np.concatenate(found)
+    ftz, pieces = FTZ["off" if settings["flush"] == "off" else args.flush], np.array_split(x, -(-len(x) // 1000) or 1)
+    found = np.concatenate([fpnl.forward(params, data.pixels(x), ftz).argmax(axis=1) for x in pieces])
     if args.predict:
         return print("".join(f"{label}\n" for label in found), end="")
     classes = max(1 + int(labels.max()), params[-1][0].shape[1])

@@ -191,7 +191,7 @@ def parts(run):
             (data, "pixels", "pixels to float32"),
             (fpnl, "mutation_signs", "random signs"),
             (fpnl, "gradient_from_slopes", "tasks, gradient products"),
-            (fpnl, "_slopes", "forward, mutations, slopes"),
+            (fpnl, "es_slopes", "forward, mutations, slopes"),
             (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
         ]:
             stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part)))

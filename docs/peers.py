@@ -62,7 +62,7 @@ def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
     def share(x, y, pairs, rng):
         g = np.zeros_like(w)
         for e in (draw(rng, w.size) for _ in range(pairs)):
-            losses = [fpnl.loss(network(w + step * e, x), y) for step in np.float32([sigma, -sigma])]
+            losses = [np.mean(fpnl.cross_entropy(network(w + step * e, x), y)) for step in np.float32([sigma, -sigma])]
             g += (losses[0] - losses[1]) * e
         return g
 
@@ -212,7 +212,7 @@ def race(steps, seconds, images, labels, write):
             break
         if spent >= min(1.05 * looked + 0.2, seconds):
             forward = functools.partial(fpnl.forward, weights(), ftz="hardware")
-            rows.append((spent, fpnl.accuracy(controls.logits(forward, images), labels)))
+            rows.append((spent, controls.accuracy(forward, images, labels)))
             write(*rows[-1])
             looked = spent
     return rows

@@ -68,16 +68,14 @@ def gradient(settings, biases, slopes, params, x, labels, rng, weights, return_l
         logits, and the slopes [n, width] of each image's loss along its sums. More images are taken together than by
         ES, whose products are larger.
     """
-    no_signs, measure = np.zeros((len(x), 0), np.int8), functools.partial(in_columns, slopes)
-    rows = params, x, labels, no_signs, weights
+    rows = params, x, labels, np.zeros((len(x), 0), np.int8), weights, biases
+    measure = functools.partial(without_signs, slopes)
     grads, logits = fpnl.gradient_from_slopes(measure, *rows, task=4 * settings.task, **mapping)
-    losses = fpnl.cross_entropy(logits, labels, settings.smoothing)
-    return [(dW, db * (l < biases)) for l, (dW, db) in enumerate(grads)], losses
+    return grads, fpnl.cross_entropy(logits, labels, settings.smoothing)
 
 
-def in_columns(slopes, params, x, labels, signs):
-    """As fpnl takes them: an image a column."""
-    return [[a.T for a in of_layers] for of_layers in slopes(params, x, labels)]
+def without_signs(slopes, params, x, labels, signs):
+    return slopes(params, x, labels)
 
 
 def flattened(params):
@@ -237,8 +235,12 @@ def under_other_arithmetic(args, log, held_out):
         print(f"# {args.save} with every scale at S\nlog2S,{held_out}", file=file)
         for exponent in EXPONENTS:
             scaled = functools.partial(network, scale=np.float32(2.0**exponent))
-            print(exponent, fpnl.accuracy(logits(scaled, sets[2]), sets[3]), sep=",", file=file)
-    return [(name, [fpnl.accuracy(logits(f, sets[i]), sets[i + 1]) for i in (0, 2)]) for name, f in networks.items()]
+            print(exponent, accuracy(scaled, *sets[2:]), sep=",", file=file)
+    return [(name, [accuracy(f, *sets[i : i + 2]) for i in (0, 2)]) for name, f in networks.items()]
+
+
+def accuracy(network, images, labels):
+    return np.mean(logits(network, images).argmax(axis=1) == labels)
 
 
 def logits(network, images):

@@ -45,7 +45,7 @@ def literal(params, x):
 
 
 def rescaled(params, x):
-    """The same, its later products as `fpnl.product` computes them."""
+    """The same, its later products as `fpnl.forward` computes them."""
     (W, b), *later = params
     h = (x @ W + b) / S
     for W, b in later:
@@ -57,7 +57,11 @@ def rescaled(params, x):
 
 
 def in_numpy(switch):
-    return np.__version__, np.asarray, {"eager": fpnl.hardware_ftz(ftz=bool(switch), daz=bool(switch))}
+    def eager(function, *args):
+        with fpnl.hardware_ftz(ftz=bool(switch), daz=bool(switch)):
+            return function(*args)
+
+    return np.__version__, np.asarray, {"eager": lambda function: functools.partial(eager, function)}
 
 
 def in_torch(switch):

@@ -128,7 +128,8 @@ def learn(method, unit, seed, args):
     run = start(unit, method, (args.width, args.width), sets, **options)
     for _ in train.steps(run):
         pass
-    return [(f"{method} test %", args.epochs, 100 * fpnl.accuracy(run.outputs(run.params, sets[2])[-1], sets[3]))]
+    named = run.outputs(run.params, sets[2])[-1].argmax(axis=1)
+    return [(f"{method} test %", args.epochs, 100 * np.mean(named == sets[3]))]
 
 
 def flow(unit, seed, args):
@@ -169,7 +170,7 @@ def curvature(unit, seed, args):
     for step in (run.step for _ in train.steps(run) if run.step in looks):
         params = [tuple(a.astype(np.float64) for a in layer) for layer in run.params]
         eigenvalues = np.linalg.eigvalsh(hessian(unit, params, x, y))
-        loss = fpnl.loss(run.outputs(run.params, x)[-1], y)
+        loss = fpnl.cross_entropy(run.outputs(run.params, x)[-1], y).mean()
         rows += [("loss", step, loss), ("slope", step, np.abs(gradient(unit, params, x, y)).max())]
         for tolerance in TOLERANCES:
             bound = tolerance * np.abs(eigenvalues).max()

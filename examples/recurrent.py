@@ -140,7 +140,7 @@ def es(s, params, x, labels, rng, ftz=True, members=True):
     moved = [np.stack([t(z + e), t(z - e)], axis=1) for t, z, e in zip(transfers(ftz), sums, moves)]
     c = [h[:, 0] - h[:, 1] for h in moved]
     m, signs = outputs[1][-1], np.ones((len(x), CLASSES), np.int8)  # no matter which, one unit at a time
-    out = fpnl.es_slopes(params[2:], m, labels, signs, ftz=ftz)[1][0].T  # of fpnl's network of one layer
+    out = fpnl.es_slopes(params[2:], m, labels, signs, ftz=ftz)[1][0]  # of fpnl's network of one layer
     g = chain(params, [change / (2 * e) for change, e in zip(c, moves)], out)
     p = [change * slope for change, slope in zip(c, g)]
     if members:
@@ -195,8 +195,8 @@ def gradient(method, task, params, x, labels, rng, weights, return_losses, **map
     """As `fpnl.es_gradient` returns it, with the losses; images are cut into tasks, each with a stream of its own."""
     count = min(len(x), 2 * math.ceil(len(x) / (2 * task)))  # mostly even: an odd one leaves one of two workers idle
     parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)), rng.spawn(count))
-    tasks = [dict(zip(("x", "labels", "weights", "rng"), part)) for part in parts]
-    grads, losses = zip(*fpnl.mapped(weighted, tasks, {"method": method, "params": params}, **mapping))
+    tasks = [{"params": params} | dict(zip(("x", "labels", "weights", "rng"), part)) for part in parts]
+    grads, losses = zip(*fpnl.mapped(functools.partial(weighted, method), tasks, **mapping))
     return [tuple(map(sum, zip(*layer))) for layer in zip(*grads)], np.concatenate(losses)
 
 

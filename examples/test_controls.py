@@ -1,6 +1,7 @@
 """The tests of controls.py."""
 
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -144,9 +145,9 @@ def test_the_prediction_is_the_control_variate_without_its_rest():
     outputs, slopes = controls.predicted(settings(sigma=0.05), params, x, labels)
     signs = fpnl.mutation_signs(RNG(0), params, len(x))
     es_outputs, es_slopes = fpnl.es_slopes(params, x, labels, signs, sigma=0.05, block=1)
-    np.testing.assert_allclose(slopes[-1].T, es_slopes[-1], atol=1e-5)
+    np.testing.assert_allclose(slopes[-1], es_slopes[-1], atol=1e-5)
     for h, es_h in zip(outputs, es_outputs, strict=True):
-        np.testing.assert_allclose(h.T, es_h, atol=1e-5)
+        np.testing.assert_allclose(h, es_h, atol=1e-5)
     for l, a in enumerate([x, outputs[0]]):
         z = a @ params[l][0] + params[l][1] * (l == 0)
         shift = np.float32(0.05) * np.sqrt(np.square(a).sum(axis=1, keepdims=True) + (l == 0))
@@ -265,5 +266,6 @@ def test_the_published_weights_are_those_of_the_main_job(mnist):
     defaults = json.loads(json.dumps({name: default for name, (default, *_) in train.OPTIONS.items()}))
     assert arrays["settings"] == json.loads(log[0][1:]) and arrays.keys() == {"settings"}
     assert all(value == defaults.get(name, value) for name, value in arrays["settings"].items())
-    accuracies = [fpnl.accuracy(fpnl.forward(params, data.pixels(x)), y) for x, y in zip(mnist[::2], mnist[1::2])]
+    network = functools.partial(fpnl.forward, params)
+    accuracies = [controls.accuracy(network, x, y) for x, y in zip(mnist[::2], mnist[1::2])]
     assert accuracies == pytest.approx([float(value) for value in log[-1].split(",")[3:5]], abs=2e-4)

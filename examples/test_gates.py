@@ -93,7 +93,7 @@ def test_backprop_and_es_train_one_network(unit):
     params, x, labels, _ = gates_case(unit, n=4)
     params, x = [tuple(a.astype(np.float32) for a in layer) for layer in params], x.astype(np.float32)
     transfer, slope = gates.transfer(unit), gates.gradient(unit, params, x, labels)
-    loss = fpnl.loss(fpnl.forward(params, x, transfer=transfer), labels)
+    loss = fpnl.cross_entropy(fpnl.forward(params, x, transfer=transfer), labels).mean()
     assert loss_of(unit, params, x, labels) == pytest.approx(loss, rel=1e-5)
     options = {"control_variate": True, "transfer": transfer}
     estimates = [controls.flattened(fpnl.es_gradient(params, x, labels, RNG(seed), **options)) for seed in range(200)]
