@@ -179,7 +179,7 @@ def parts(run):
             start = time.perf_counter()
             result = original(*args, **options)
             whole = time.perf_counter() - start
-            found[part.format(args[1] + 1) if "{}" in part else part] += (whole - inside.pop()) / ROUNDS
+            found[part.format(len(args[0]), len(args[2])) if "{}" in part else part] += (whole - inside.pop()) / ROUNDS
             inside[-1] += whole
             return result
 
@@ -192,7 +192,7 @@ def parts(run):
             (fpnl, "mutation_signs", "random signs"),
             (fpnl, "gradient_from_slopes", "tasks, gradient products"),
             (fpnl, "es_slopes", "forward, mutations, slopes"),
-            (fpnl, "_member_losses", "members of layer {}: products, flush, losses"),
+            (fpnl, "_member_losses", "members, {} -> {} units: products, flush, losses"),
         ]:
             stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part)))
         losses = timed(lambda *args: [*map(*args)], "losses, for the probabilities")
