@@ -10,13 +10,14 @@ strategies (ES), which compare mutated networks, can, and train it.
     u3 = u2 @ W3 + b3 / S
     o  = u3 * S                             o: the logits
 
-Each +, / and * flushes its operands and its result, the products @ keep subnormals: so does the hardware of the post.
-Therefore b2 / S and b3 / S are 0 while |b| < 1/2: those biases are inert, and only that of the first layer acts; but to
-add them flushes u2 and u3. In the units of h = u S, which are 1/S, that is
+Each +, / and * flushes its operands and its result, and so does the hardware of the post; the products @ keep
+subnormals. So b2 / S and b3 / S are 0 while |b| < 1/2, and those biases do not act. But the addition of that 0 flushes
+u2 and u3. Measured in units of 1/S, as h = u S, the network is
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-(for one float, 0.49999997, see `es_slopes`).
+except that the float32 below 1/2, 0.49999997, passes t in all layers but the first: its quotient by S, which is part of
+the product there, is rounded up to TINY.
 
 Usage, for any depth:
 
@@ -26,7 +27,7 @@ Usage, for any depth:
     np.mean(forward(params, x).argmax(axis=1) == labels) # accuracy
 
 Shapes: x [n, inputs], W [fan_in, width], b [width], h [n, width], logits [n, classes], all float32; labels [n]
-integers. An example is a row wherever a function is called.
+integers. All public functions have an example in a row.
 
 Left out: data and files (data.py), schedules and pools (train.py), and derivatives.
 
@@ -68,7 +69,7 @@ SIZES = (784, 512, 512, 10)
 
 @contextlib.contextmanager
 def _ieee():
-    """Of a function that has `@_ieee()` above it: IEEE arithmetic, whatever the CPU's mode is and np.seterr says."""
+    """A decorator, `@_ieee()`: a function computes in IEEE arithmetic, whatever the CPU's mode is or np.seterr says."""
     with np.errstate(all="ignore"), contextlib.ExitStack() as stack:
         # On an unknown platform, the mode stays as it is.
         with contextlib.suppress(RuntimeError):
@@ -78,8 +79,9 @@ def _ieee():
 
 # --- Flush-to-zero arithmetic -----------------------------------------------------------------------------------------
 #
-# Names that begin with an underscore and look like a check (_float32, _one_of, _require, ...) are one: they raise, or
-# return what they were given, as NumPy's own array. They are at the end of the file, and need not be read.
+# Arguments are checked by `_float32`, `_one_of` and others, which are at the end of the file. They return what they
+# were given, as NumPy's own arrays, or raise an error. `_network` and `_check` return two things more: `ts`, a list of
+# the dead zones t of all layers, and `acting`, in how many layers, from the first, the biases act.
 
 
 @_ieee()
@@ -107,7 +109,7 @@ def add(a, b, daz=True, tininess="after"):
     """a + b as a CPU with flush-to-zero (FTZ) computes it, bit for bit.
 
     `subtract`, `multiply` and `divide` have the same signature and contract. Compared with x86-64 CPUs of Intel and
-    AMD, with products of an NVIDIA H200 (both "after"), with AArch64 under QEMU's emulation ("before") and with
+    AMD, with `multiply` of an NVIDIA H200 (both "after"), with AArch64 under QEMU's emulation ("before") and with
     Berkeley SoftFloat (either), without a difference.
 
     Parameters
@@ -145,12 +147,14 @@ def divide(a, b, daz=True, tininess="after"):
     return _flushed(np.divide, a, b, daz, tininess)
 
 
-# The rule: a result, whose exact value is x, is flushed iff |x| < LEAST. "After" rounding, x is tiny if it is below
-# TINY when it has been rounded to 24 bits as if exponents had no end: the last such number below TINY is TINY - 2^-150,
-# and from half way on, x becomes TINY. float64 can decide that: it knows sums near TINY and products exactly. A
-# quotient of 24-bit integers A / B that is not LEAST = M 2^i itself, M < 2^25, differs from it by at least 1 / (B M) >
-# 2^-49 of it, where float64 errs by 2^-53. Where x is not flushed, the IEEE result is right: it is TINY, if it has been
-# rounded up.
+# The rule: a result is flushed iff its exact value x has |x| < LEAST.
+#
+# Tininess "after" rounding asks whether x is below TINY once it has been rounded to 24 significant bits. The largest
+# such number below TINY is TINY - 2^-150; from half way between the two, TINY - 2^-151, x is rounded to TINY and is not
+# tiny. float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. Quotients it rounds, by
+# 2^-53 of them, but none is so near to LEAST: let x be A / B 2^i, with integers A and B of 24 bits, and LEAST be M 2^j,
+# with an M of at most 25 bits. Then x = LEAST or |x / LEAST - 1| >= 1 / (B M) > 2^-49. What is not flushed is the IEEE
+# result; where x is between LEAST and TINY that is TINY, as it should be.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -176,8 +180,8 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     x : [n, inputs] float32.
     ftz : True, every operation but the product flushes its operands and its result; "hardware", the CPU's own flags do
         that, with the same bits (compared on Linux x86-64); False, the same operations with gradual underflow: the
-        network is linear up to rounding. Either `tininess` gives the same network: sums, and scalings by a power of
-        two, are multiples of 2^-150 near TINY, and none lies between the two thresholds.
+        network is linear up to rounding. The `tininess` of `add` would make no difference: near TINY, sums and
+        quotients by S are multiples of 2^-150, and none is between its two thresholds.
     scale : S, a float32 power of two from 1 to 2^127; the dead zones end at |z| = S TINY.
     transfer : for comparison, an ordinary network without S and flush, whose hidden units have this function of an
         array of sums (float32 to float32, elementwise) and whose logits are linear.
@@ -200,9 +204,10 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # u @ W of a later layer is computed as (h @ W) / S, in IEEE arithmetic, as products keep subnormals. S is a
-        # power of two, so it differs from u @ W only in the rounding of subnormal partial sums, to multiples of 2^-149.
-        # But it multiplies no subnormals, which takes 200 times as long on one CPU (no longer on an AMD EPYC, Zen 3).
+        # A later layer's u @ W is computed as (h @ W) / S. IEEE arithmetic divides, as products do not flush. S is a
+        # power of two, so this is u @ W but for the rounding of what is subnormal in it, to multiples of 2^-149. And no
+        # subnormal is multiplied: on one CPU that takes 200 times as long, on an AMD EPYC (Zen 3) it makes no
+        # difference.
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -255,10 +260,9 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #         s_j = r / (2 e_j d)  the slope of L along z_j; but 0 where c_j = 0, and where d = 0
 #     dV = a^T s               the outer product [fan_in + 1, width]: dW, and in its last row db
 #
-# The result, called the gradient, is the sum over the examples of w dV, the weights w being 1 / n if none are given. k
-# is `block`, but 1 in the last hidden layer and in that of the logits. e_j is drawn by `mutation_signs`. With the
-# flush, the bias of the first layer acts, without it (ftz=False, or a `transfer`) all do: those of layers l < `biases`.
-# In the code:
+# The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
+# `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
+# the first `acting` layers: in 1, but in all if nothing flushes (ftz=False, or with a `transfer`). In the code:
 #
 #     symbol    es_gradient_plain    es_slopes, below, of n examples at once
 #     a         a_l                  a[l] [fan_in, n], without the last entry
@@ -280,25 +284,26 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add. (Whether c_j is 0 does
 # not depend on signs.)
 #
-# WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), in the mean over the signs o of the
-# other units of its block; in exact arithmetic without bias, as r / e_j is L(z_j + d, o) - L(z_j - d, -o), and o and -o
-# are equally likely. If k = 1, it is that slope, without noise. It is not the gradient of the loss smoothed by a
-# Gaussian (signs are not Gaussian, a block is not the whole network), nor, in general, the gradient of any function.
+# WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), averaged over the signs of the
+# other units of its block, E_o[(L(z_j + d, o) - L(z_j - d, o)) / (2 d)]. In exact arithmetic it is unbiased: let o be
+# the signs of the others times e_j, then r / e_j = L(z_j + d, o) - L(z_j - d, -o), and o and -o are equally likely. If
+# k = 1, s_j is that slope, without noise. It is not the gradient of the loss smoothed by a Gaussian (signs are not
+# Gaussian, a block is not the whole network), nor, in general, the gradient of any function.
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
-# measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. What it predicts for
-# the others is left out:
+# measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
+# the other units are subtracted:
 #
 #     s_j = (r - sum of p_i over the other units i of J) / (2 e_j d),     and again 0 where c_j = 0 and where d = 0
 #
-# The mean stays as it is, however bad the prediction: p_i changes its sign with e_i and depends on no other sign of its
-# layer (s' was measured with this layer unmutated), so E[p_i / e_j] = 0. A good prediction takes noise away, a bad one
-# adds some. No derivative is taken: p is a linear surrogate of the loss, made of measured slopes. Where backprop has
-# the derivative t'(z_j), it has c_j / (2 e_j d).
+# The mean stays as it is, however bad the predictions: p_i changes its sign with e_i and depends on no other sign of
+# its layer (s' was measured with this layer unmutated), so E[p_i / e_j] = 0. Good ones take noise away, bad ones add
+# noise. No derivative is taken: p is a linear surrogate of the loss, made of measured slopes. But p_j / (2 e_j d) is
+# what backprop would have for s_j, with c_j / (2 e_j d) in the place of the derivative t'(z_j).
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here, and 1.8 million multiplications where a forward pass
-# has 0.67 million: of the layer above, a member needs k rows of the weights, of those above that, all. With H hidden
-# layers of m units, that grows as H m^2 + H^2 m^3 / k.
+# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. For them, `es_slopes` multiplies the k outputs that a
+# member changes with k rows of the next weights, and what is above with all weights: 1.8 million multiplications an
+# example, where a forward pass has 0.67 million. With H hidden layers of m units it grows as H m^2 + H^2 m^3 / k.
 
 
 @_ieee()
@@ -309,13 +314,14 @@ def es_gradient_plain(
 
     Arguments and results are those of `es_gradient`, below.
     """
-    params, x, labels, w, biases, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
+    params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
+    # [width, n] of each layer.
     signs = _of_layers(mutation_signs(rng, params, len(x)), params)
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]
     for i in range(len(x)):
         a, s = [x[i], *(h[0] for h in activations(params, x[i : i + 1], **net))], {}
         for l, (W, b) in reversed([*enumerate(params)]):
-            a_l, e = np.append(a[l], float32(l < biases)), signs[l][:, i]
+            a_l, e = np.append(a[l], float32(l < acting)), signs[l][:, i]
             d, k = float32(sigma) * np.linalg.norm(a_l), block if l < len(params) - 2 else 1
             blocks = np.split(np.arange(len(b)), range(k, len(b), k))
             s[l] = np.zeros_like(b)
@@ -344,8 +350,8 @@ def es_gradient_plain(
 def mutation_signs(rng, params, n):
     """e of all layers, [n, sum of the widths] int8 of -1 and +1: a row an example, the first layer first.
 
-    Drawn at once from the generator as it stands, which advances: its state decides them, before the batch is cut into
-    tasks. Raises TypeError if `rng` is no np.random.Generator.
+    They depend on the state of the generator alone, which advances, and so not on how a batch is cut into tasks later.
+    Raises TypeError if `rng` is no np.random.Generator.
     """
     _require(isinstance(rng, np.random.Generator), "rng", "a numpy.random.Generator", rng, TypeError)
     count = n * sum(len(b) for _, b in params)
@@ -368,10 +374,10 @@ def _blocks(rows, k):
 
 
 def _member_losses(change, k, z, layers, labels, losses):
-    """L [2, blocks, n], of members and mirror images, whose outputs in some layer change.
+    """L of the members of all blocks of a layer, and of their mirror images, [2, blocks, n].
 
-    change : [width, 2, n], by how much. z : the sums of the next layer, [next width, n], without a change. layers :
-    next layer and all above, (W, b, t) each.
+    change : h+ - h and h- - h of that layer, [width, 2, n]. z : the sums of the next layer, [next width, n], without
+    mutations. layers : (W, b, t) of the next layer and of all above it.
     """
     (W, _, t), *above = layers
     n, classes = z.shape[1], len(above[-1][1]) if above else len(z)
@@ -394,10 +400,8 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     """What ES measures: the slope s of each example's loss along the sums of each layer.
 
     The same slopes as in `es_gradient_plain`, but for rounding: z + d here, a @ (V + mutation) there. So sigma |a|
-    should be far above the rounding of z, and a unit whose sum is at the edge of the dead zone may live in one of the
-    two and not in the other. At one sum it always does: z = 0.49999997, the float32 below 1/2, is 0 here in each layer.
-    In `forward` it is 0 in the first layer, but lives in later ones: there z / S is part of the product, not flushed,
-    and IEEE arithmetic rounds it up to TINY.
+    should be far above the rounding of z, and a unit whose sum is at the edge of the dead zone may be 0 in one of the
+    two and not in the other: so it is for z = 0.49999997 in later layers (see the beginning), which here is 0.
 
     Parameters
     ----------
@@ -407,13 +411,13 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     Returns
     -------
     outputs, slopes : lists of h [n, width] and s [n, width] of each layer, float32; the last h are the logits. With the
-        layer's input a, x or the h below, a^T s / n is the gradient of W.
+        layer's input a, x or the h below, a^T s / n is dW.
     """
-    params, x, labels, _, biases, ts = _check(params, x, labels, sigma, block, losses, control_variate, **net)
+    params, x, labels, _, acting, ts = _check(params, x, labels, sigma, block, losses, control_variate, **net)
     signs, shape = _array(signs, "signs"), (len(x), sum(len(b) for _, b in params))
     _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
     # A bias that does not act is 0. From here to the end an example is a column: a row takes 1.5 times as long.
-    layers = [(W, b[:, None] * (l < biases), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
+    layers = [(W, b[:, None] * (l < acting), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
     a, z, s = [x.T], [], {}
     for W, b, t in layers:
         z.append(W.T @ a[-1] + b)
@@ -423,7 +427,7 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     identity = [(np.eye(len(a[-1]), dtype=float32), float32(0), np.positive)]
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
-        d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < biases))
+        d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
         # h+ and h- are [width, 2, n], L+ and L- [2, blocks, n]; r [width, n] repeats what is of a block for each unit.
         h = layers[l][2](z[l][:, None] + np.stack([e * d, -e * d], axis=1))
         L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
@@ -437,36 +441,37 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
 
 
 @_ieee()
-def gradient_from_slopes(slopes, params, x, labels, signs, weights, biases, task=32, workers=None, map_tasks=map):
-    """The gradient of sum_i w_i L_i, sum_i w_i a_i^T s_i, from slopes s_i that are measured in tasks.
+def gradient_from_slopes(slopes, params, x, labels, signs, weights, acting, task=32, workers=None, map_tasks=map):
+    """sum_i w_i a_i^T s_i, the gradient of sum_i w_i L_i, from slopes s that are measured in tasks.
 
     Parameters
     ----------
-    slopes : a function of the keywords params, x, labels and signs, the last three some of the rows of those given
-        here, which returns what `es_slopes` does.
-    weights : w, [n] float32. biases : of so many layers they act; db = 0 in the others.
-    Others as in `es_gradient`, which is this function of what ES measures.
+    slopes : what measures: a function that is called with params and with some rows of x, labels and signs, as keywords
+        of these names, and returns what `es_slopes` does. (`es_gradient` calls it with `es_slopes`.)
+    weights : w, [n] float32.
+    acting : the biases act in so many layers, from the first; in the others db = 0.
+    Others as in `es_gradient`.
 
     Returns
     -------
     list of (dW, db), and the logits [n, classes].
     """
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # At most `task` rows each, an even number of tasks; one for half as many rows, or fewer.
-    count = 2 * -(-len(x) // (2 * task)) if len(x) > task // 2 else 1
-    rows = zip(*(np.array_split(a, count) for a in (x, _array(labels, "labels"), _array(signs, "signs"))))
-    tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *some))) for some in rows]
+    # An even number of tasks, of at most `task` rows; but one, if there are no more than task / 2 rows.
+    count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
+    parts = zip(*(np.array_split(a, count) for a in (x, _array(labels, "labels"), _array(signs, "signs"))))
+    tasks = [{"params": params, "x": x, "labels": labels, "signs": signs} for x, labels, signs in parts]
     found = mapped(slopes, tasks, workers, map_tasks)
-    # Of each layer, the rows of all tasks.
-    outputs, s = ([np.concatenate(rows) for rows in zip(*of_tasks)] for of_tasks in zip(*found))
-    ws = [weights[:, None] * of_layer for of_layer in s]
-    return [(a.T @ b, b.sum(axis=0) * (l < biases)) for l, (a, b) in enumerate(zip([x, *outputs], ws))], outputs[-1]
+    # h and s of each layer, the rows of all tasks one after the other.
+    outputs, s = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
+    ws = [weights[:, None] * s_l for s_l in s]
+    return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], ws))], outputs[-1]
 
 
 @_ieee()
 def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, weights=None,
                 task=32, workers=None, map_tasks=map, return_losses=False, **net):  # fmt: skip
-    """An evolution-strategies estimate of a gradient of the mean loss, ready for descent.
+    """The gradient of the mean loss, as evolution strategies see it: ready for descent.
 
     From losses and activations of the network and its mutations alone; with the control variate, from the weights above
     a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
@@ -506,12 +511,12 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entrop
     flush, later biases of S TINY (1/2) or more, which do not flush: training makes none. RuntimeError : "hardware"
     where `hardware_ftz` raises it.
     """
-    params, x, labels, w, biases, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
+    params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
     _count("task", task)
     _count("workers", 1 if workers is None else workers)
     how = {"sigma": sigma, "block": block, "losses": losses, "control_variate": control_variate, **net}
     measure, signs = functools.partial(es_slopes, **how), mutation_signs(rng, params, len(x))
-    found = gradient_from_slopes(measure, params, x, labels, signs, w, biases, task, workers, map_tasks)
+    found = gradient_from_slopes(measure, params, x, labels, signs, w, acting, task, workers, map_tasks)
     return (found[0], losses(found[1][None], labels)[0]) if return_losses else found[0]
 
 
@@ -528,7 +533,7 @@ def mapped(function, tasks, workers=None, map_tasks=map):
 
 @_ieee()
 def _work(function, tasks):
-    """What a worker does; and the machine's name, for those who ask who did it."""
+    """What a worker does. With its machine's name, a program that maps can tell who found what."""
     return platform.node(), [function(**{name: _in_order(value) for name, value in task.items()}) for task in tasks]
 
 
@@ -598,12 +603,17 @@ def leaves(tree):
 
 # --- The CPU's flags --------------------------------------------------------------------------------------------------
 #
-# What bits depend on, of all functions here: on the values of the arguments; on how the CPU and its BLAS sum a product,
-# and on the number of BLAS threads (one is the fastest for the work of a pool); those of a row of a product, by a
-# rounding, on the rows beside it; those of `cross_entropy`, on the layout of the logits. Not on where arrays lie or on
-# the layout of others, on `np.seterr`, or on the mode of the thread, which another library may have made flush; these
-# are left as they were. Two things cannot be helped: threads of a BLAS that were started while the CPU flushed go on
-# flushing in products, and on a platform that is not in the table below, a flush that is on stays on.
+# Bits depend, in all functions here,
+#
+#   - on the values of the arguments; - where there is a product, on how the CPU and its BLAS sum it and on the number
+#   of BLAS threads (one is the fastest for
+#     the work of a pool), and those of a row, by a rounding, on the other rows of the batch;
+#   - in `cross_entropy`, on the memory layout of the logits.
+#
+# They do not depend on the layout of other arrays or on where they lie, on `np.seterr`, or on the mode of the thread,
+# which another library may have made flush; all these are left as they are. Two things cannot be helped: threads of a
+# BLAS that were started while the CPU flushed go on flushing in products, and on a platform that is not in the table
+# below, a flush that is on stays on.
 
 
 class hardware_ftz:
@@ -630,19 +640,20 @@ class hardware_ftz:
     ------
     RuntimeError : on entering, if the platform is not known, sets the flags without any effect (some emulators and
         instrumenting tools) or has one flag for both and is asked for one.
-    ValueError : `daz` or `ftz` is not True or False, as if it stood before a function as a decorator, which it is not.
+    ValueError : `daz` or `ftz` is not True or False: as in `@hardware_ftz`, which does not decorate a function.
     """
 
     def __init__(self, daz=True, ftz=True):
         _one_of("daz", daz, True, False)
         _one_of("ftz", ftz, True, False)
-        self.switch, self.undo = functools.partial(_switch, bool(ftz), bool(daz)), []
+        self.mode, self.before = (bool(ftz), bool(daz)), []
 
     def __enter__(self):
-        self.undo.append(self.switch()())
+        _look_at_the_effect(*self.mode)
+        self.before.append(_switch(*self.mode))
 
     def __exit__(self, *error):
-        self.undo.pop()()
+        _fpu_control()[1](self.before.pop())
 
 
 # Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t. System,
@@ -657,35 +668,12 @@ _FENV = {
 
 
 @functools.cache
-def _switch(ftz, daz):
-    """A function that puts the calling thread in a mode and returns the function that undoes it; tried once, here."""
-    read, write, register, ftz_bits, daz_bits = _fpu_control()
-
-    def switch():
-        read(env := (ctypes.c_uint32 * 8)())
-        saved = env[register]
-        # ^, as on Windows the two are no bits of their own.
-        env[register] = saved & ~(ftz_bits | daz_bits) ^ ftz * ftz_bits ^ daz * daz_bits
-        write(env)
-        env[register] = saved
-        return functools.partial(write, env)
-
-    # TINY / 2; twice that is TINY, unless it is read as 0.
-    half = np.uint32(1 << 22).view(float32)
-    with np.errstate(all="ignore"):
-        undo = switch()
-        effect = tuple(bool(x.view(np.uint32) == 0) for x in (TINY * float32(0.5), half * float32(2)))
-        undo()
-    found = f"{effect} after setting them: use the emulation"
-    _require(effect == (ftz, daz), "hardware_ftz: unknown platform: FTZ, DAZ", (ftz, daz), found, RuntimeError)
-    return switch
-
-
 def _fpu_control():
     """Functions that read and write a fenv_t, and what a row of _FENV has after its library."""
     system, machine = platform.system(), platform.machine()
     try:
-        # _controlfp(new, mask) returns the word as it is then. Of _MCW_DN, two bits, 01 is both, 10 DAZ and 11 FTZ.
+        # _controlfp(new, mask) returns the word as it is then. _MCW_DN is a number of two bits: 1 for both, 2 for DAZ
+        # and 3 for FTZ, which is 2 ^ 3 for both.
         if system == "Windows":
             control = ctypes.PyDLL("ucrtbase")._controlfp
             read, write = lambda env: env.__setitem__(0, control(0, 0)), lambda env: control(env[0], 3 << 24)
@@ -696,6 +684,29 @@ def _fpu_control():
         return libm.fegetenv, libm.fesetenv, *where
     except (KeyError, OSError, AttributeError) as error:
         raise RuntimeError(f"hardware_ftz: unknown platform {system} {machine}; use the emulation") from error
+
+
+def _switch(ftz, daz):
+    """Put the calling thread in a mode -> its floating-point environment before, a fenv_t."""
+    read, write, register, ftz_bits, daz_bits = _fpu_control()
+    read(before := (ctypes.c_uint32 * 8)())
+    env = type(before).from_buffer_copy(before)
+    env[register] = before[register] & ~(ftz_bits | daz_bits) ^ ftz * ftz_bits ^ daz * daz_bits
+    write(env)
+    return before
+
+
+@functools.cache
+def _look_at_the_effect(ftz, daz):
+    """Once for each mode: raise RuntimeError if the arithmetic is not what it says."""
+    # TINY / 2; twice that is TINY, unless it is read as 0.
+    half = np.uint32(1 << 22).view(float32)
+    with np.errstate(all="ignore"):
+        before = _switch(ftz, daz)
+        effect = tuple(bool(x.view(np.uint32) == 0) for x in (TINY * float32(0.5), half * float32(2)))
+        _fpu_control()[1](before)
+    found = f"{effect} after setting them: use the emulation"
+    _require(effect == (ftz, daz), "hardware_ftz: unknown platform: FTZ, DAZ", (ftz, daz), found, RuntimeError)
 
 
 # --- Checks: what passes one is what is computed with -----------------------------------------------------------------
@@ -774,17 +785,18 @@ def _check_labels(logits, labels):
 
 def _check(params, x, labels, sigma, block, losses, control_variate, weights=None, **net):
     """Checked: params, x, labels, weights; in how many layers the biases act, and t of each."""
-    params, x, ts, biases = _network(params, x, **net)
+    params, x, ts, acting = _network(params, x, **net)
     labels, n, classes, least = _array(labels, "labels"), len(x), len(params[-1][1]), net.get("scale", SCALE) * TINY
     _require(isinstance(sigma, numbers.Real) and TINY <= float32(sigma) < np.inf, "sigma", "finite, >= 2^-126", sigma)
     _count("block", block)
     _one_of("control_variate", control_variate, True, False)
     _require(labels.shape[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {labels.shape}")
-    inert = not any(np.abs(b).max() >= least for _, b in params[biases:])
+    inert = not any(np.abs(b).max() >= least for _, b in params[acting:])
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
+    # As `es_slopes` will call it: logits [..., n, classes] whose memory is [..., classes, n].
     found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
     _require(found == (1, n), "losses", f"[..., {n}] for logits [..., {n}, {classes}]", f"shape {found} for [1, ...]")
     weights = np.full(n, 1 / n, float32) if weights is None else _float32(weights, "weights")
     good = weights.shape == (n,) and np.all(weights >= 0) and np.all(weights < np.inf)
     _require(good, "weights", f"{n} finite numbers >= 0", weights)
-    return params, x, labels, weights, biases, ts
+    return params, x, labels, weights, acting, ts

@@ -507,9 +507,12 @@ def test_emulation_when_numpy_is_imported_into_a_process_that_flushes(mode):
 
 @pytest.fixture
 def forget_the_platform():
-    fpnl._switch.cache_clear()
+    known = fpnl._fpu_control, fpnl._look_at_the_effect
+    for function in known:
+        function.cache_clear()
     yield
-    fpnl._switch.cache_clear()
+    for function in known:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize(("system", "machine"), [("Plan9", "x86_64"), ("Linux", "riscv64"), ("", "")])
@@ -549,7 +552,7 @@ def test_flags_without_effect_are_a_runtime_error(forget_the_platform, monkeypat
         (read, lambda env: None, register, ftz_bits, daz_bits),
         (read, write, register, ftz_bits, 0) if daz else (read, write, register, ftz_bits | daz_bits, 0),
     ):
-        fpnl._switch.cache_clear()
+        fpnl._look_at_the_effect.cache_clear()
         monkeypatch.setattr(fpnl, "_fpu_control", lambda control=control: control)
         with pytest.raises(RuntimeError, match="unknown platform.*after setting them"), fpnl.hardware_ftz(daz):
             pytest.fail("inside")
@@ -559,13 +562,13 @@ def test_flags_without_effect_are_a_runtime_error(forget_the_platform, monkeypat
 
 @needs_hardware
 def test_the_effect_is_looked_at_once_for_each_mode(forget_the_platform, monkeypatch):
-    looked, control = [], fpnl._fpu_control
-    monkeypatch.setattr(fpnl, "_fpu_control", lambda: looked.append(1) or control())
+    switched, switch = [], fpnl._switch
+    monkeypatch.setattr(fpnl, "_switch", lambda *mode: switched.append(mode) or switch(*mode))
     for _ in range(3):
         for daz, ftz in [(True, True), (False, False)]:
             with fpnl.hardware_ftz(daz, ftz):
                 assert flags() == (ftz, daz)
-    assert len(looked) == 2
+    assert switched == [(True, True)] * 2 + [(False, False)] * 2 + [(True, True), (False, False)] * 2
 
 
 def test_a_flag_is_true_or_false_and_the_mode_no_decorator():
@@ -892,7 +895,7 @@ def test_no_mutation_along_an_input_of_zero_has_an_effect(control_variate):
 def test_the_fast_path_flushes_by_the_cpu_if_asked_to(monkeypatch):
     """The bits are the same either way, so only this tells."""
     entered, enter = [], fpnl.hardware_ftz.__enter__
-    monkeypatch.setattr(fpnl.hardware_ftz, "__enter__", lambda self: entered.append(self.switch.args) or enter(self))
+    monkeypatch.setattr(fpnl.hardware_ftz, "__enter__", lambda self: entered.append(self.mode) or enter(self))
     params, x, labels = example(n=3)
     for ftz, used in (("hardware", True), (True, False), (False, False)):
         entered.clear()
@@ -1100,6 +1103,15 @@ def test_work_is_cut_into_equal_tasks_and_a_list_for_each_worker():
         np.testing.assert_array_equal(np.concatenate([task["x"] for task in tasks]), x)
         weights = sum(a.nbytes for a in fpnl.leaves(params))
         assert sum(len(pickle.dumps(each)) for each in found) < x.nbytes + 70 * 100 + len(found) * (weights + 2000)
+
+
+@pytest.mark.parametrize(("n", "task", "sizes"), [(3, 1, [1, 1, 1]), (1, 1, [1]), (5, 2, [2, 1, 1, 1]), (16, 32, [16])])
+def test_no_task_is_empty(n, task, sizes):
+    params, x, labels = example(n=n)
+    found = []
+    its_map = lambda f, lists: found.extend(lists) or map(f, lists)  # noqa: E731
+    fpnl.es_gradient(params, x, labels, RNG(0), task=task, map_tasks=its_map)
+    assert [len(one["x"]) for (one,) in found] == sizes
 
 
 def test_an_error_of_a_worker_is_raised():
