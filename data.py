@@ -9,6 +9,7 @@ found; nothing is ever downloaded.
 import contextlib
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import stat
 import struct
 import tempfile
 import time
-import zipfile
 import zlib
 
 import numpy as np
@@ -35,7 +35,7 @@ def load(folder=MNIST, validation=0):
     ----------
     folder : holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
         t10k-labels-idx1-ubyte; each also as `train-images.idx3-ubyte`, and with or without `.gz`.
-    validation : hold so many of the last training images out, and give them in the place of the test set.
+    validation : hold so many of the last training images out, as they lie, and give them in the place of the test set.
 
     Returns
     -------
@@ -63,8 +63,9 @@ def load(folder=MNIST, validation=0):
             raise ValueError(f"{images}: expected images of {shape} as in {first.name}, found {x.shape[1:]}")
         sets += [x, y]
     x, y, *test = (a.reshape(len(a), -1) if a.ndim > 1 else a for a in sets)
-    if validation >= len(y):
-        raise ValueError(f"validation: expected fewer than the {len(y)} training images, found {validation}")
+    left, classes = (len(np.unique(labels)) for labels in (y[: max(0, len(y) - validation)], y))
+    if left < classes:
+        raise ValueError(f"validation: expected all {classes} classes before the last {validation}, found {left}")
     return (x[:-validation], y[:-validation], x[-validation:], y[-validation:]) if validation else (x, y, *test)
 
 
@@ -170,9 +171,6 @@ def cores(groups=pathlib.Path("/sys/fs/cgroup"), own=pathlib.Path("/proc/self/cg
     return count
 
 
-DAMAGED = OSError, ValueError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error
-
-
 def save_weights(path, params, settings, **others):
     """[(W, b), ...] as W1, b1, ... in an .npz file, settings as JSON, and others: numbers, or lists like params, whose
     arrays have their name before these. The file is complete or not there at all."""
@@ -194,55 +192,42 @@ def save_weights(path, params, settings, **others):
 
 
 def load_weights(path):
-    """The inverse -> params, others, `settings` among them as a dict, empty if there are none.
+    """The inverse -> params, others, among them `settings` as a dict, empty if there are none.
 
-    Raises ValueError if params, or the moments `m` and `v`, are not finite float32 that fit, or settings are no JSON.
+    Raises ValueError, which names the file, if anything in it is damaged, missing or left over: it has layers of the
+    sizes in its settings, of finite float32; and for a run that goes on m and v alike, step and seconds.
     """
+    content = io.BytesIO(pathlib.Path(path).read_bytes())
     try:
-        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
+            if damaged := file.zip.testzip():
+                raise ValueError(f"{damaged} damaged")
             arrays = {name: file[name] for name in file.files}
-        arrays["settings"] = dict(json.loads(str(arrays.get("settings", "{}"))))
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except DAMAGED as error:
-        raise ValueError(f"{path}: expected weights as --save writes them, found a damaged or other file") from error
-    if not (params := _layers(path, arrays, "")):
-        raise ValueError(f"{path}: expected W1, b1, ..., found {', '.join(arrays) or 'nothing'}")
-    for name in ("m", "v"):
-        if layers := _layers(path, arrays, name):
-            arrays[name] = layers
-            if [[a.shape for a in layer] for layer in layers] != [[a.shape for a in layer] for layer in params]:
-                raise ValueError(f"{path}: expected {name} of the shapes of the weights, found others")
-    return params, arrays
+        settings = dict(json.loads(str(arrays.pop("settings", "{}"))))
+        trees, count = ["", "m", "v"] if "step" in arrays else [""], sum(name[:1] == "W" for name in arrays)
+        bs = (arrays.get(f"b{i + 1}", ()) for i in range(count or 1))
+        sizes = settings.get("sizes") or [*map(len, (arrays.get("W1", ()), *bs))]
+        layers = range(1, len(sizes))
+        shapes = {f"{t}{n}{i}": (sizes[i - 1], sizes[i])[n == "b" :] for t in trees for i in layers for n in "Wb"}
+        if wrong := arrays.keys() ^ shapes.keys() ^ ({"step", "seconds"} if trees[1:] else set()):
+            raise ValueError(f"{', '.join(sorted(wrong))} missing or left over in a network of {sizes}")
+        for name, shape in shapes.items():
+            if not ((a := arrays[name]).dtype == np.float32 and a.shape == shape and np.isfinite(a).all()):
+                raise ValueError(f"{name} {a.dtype} {a.shape}, not finite float32 {shape}")
+    except Exception as error:  # whatever NumPy and zipfile raise
+        raise ValueError(f"{path}: expected whole weights as --save writes them, found {error or 'others'}") from error
+    params, *moments = ([(arrays.pop(f"{tree}W{i}"), arrays.pop(f"{tree}b{i}")) for i in layers] for tree in trees)
+    return params, {"settings": settings, **dict(zip("mv", moments)), **arrays}
 
 
 def load_run(path):
     """A run that train.py has saved -> what it needs to go on (params, m, v, step, seconds), and its settings."""
     params, others = load_weights(path)
     with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-        step, seconds, settings = int(others["step"]), float(others["seconds"]), others["settings"]
-        sizes = [len(params[0][0]), *(len(b) for _, b in params)]
-        fits = settings["sizes"] == sizes and settings["hidden"] == sizes[1:-1]
-        if fits and 0 <= step <= settings["steps"] and 0 <= seconds < math.inf:
-            return {"params": params, "m": others["m"], "v": others["v"], "step": step, "seconds": seconds}, settings
+        step, seconds, settings = int(others["step"]), float(others["seconds"]), others.pop("settings")
+        if 0 <= step <= settings["steps"] and 0 <= seconds < math.inf and settings["hidden"] == settings["sizes"][1:-1]:
+            return others | {"params": params, "step": step, "seconds": seconds}, settings
     raise ValueError(f"{path}: expected a run of train.py, found what is of use for --evaluate")
-
-
-def _layers(path, arrays, prefix):
-    """Take W1, b1, ... out of the arrays, each name after this prefix -> [(W, b), ...]."""
-    layers = []
-    while f"{prefix}W{len(layers) + 1}" in arrays:
-        names = [f"{prefix}{name}{len(layers) + 1}" for name in "Wb"]
-        W, b = (arrays.pop(name, np.empty(0)) for name in names)
-        fan_in = layers[-1][0].shape[1] if layers else len(W) if W.ndim else 0
-        if not (W.dtype == b.dtype == np.float32 and W.ndim == 2 and len(W) == fan_in and b.shape == W.shape[1:]):
-            expected = f"float32 {names[0]} [{fan_in}, width] and {names[1]} [width]"
-            found = f"{names[0]} {W.dtype} {W.shape}, {names[1]} {b.dtype} {b.shape}"
-            raise ValueError(f"{path}: expected {expected}, found {found}")
-        if not (np.isfinite(W).all() and np.isfinite(b).all()):
-            raise ValueError(f"{path}: expected finite {names[0]} and {names[1]}, found others")
-        layers.append((W, b))
-    return layers
 
 
 def _find(folder, name):
@@ -250,8 +235,10 @@ def _find(folder, name):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with the four files of MNIST, found none")
     spellings = [f"{stem}-ubyte{end}" for stem in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
-    for spelling in spellings:
-        if (folder / spelling).is_file():
-            return folder / spelling
+    for path in (folder / spelling for spelling in spellings):
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise FileNotFoundError(f"{path}: expected a file, found a folder: move the file that is in it to {folder}")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(f"{folder}: expected an IDX file, one of {', '.join(spellings)}, found {found}")

@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -31,6 +32,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import zipfile
 import zlib
 
 import numpy as np
@@ -2164,7 +2166,7 @@ def test_no_epochs_evaluates_the_untrained_network(slice_of_mnist, tmp_path):
         (["--block", 0], "argument --block: expected a number from 1 to 1e+06, found 0"),
         (["--batch", 0], "argument --batch: expected a number from 1 to 1e+06, found 0"),
         (["--batch", 60001], "--batch: expected at most the 60000 training images, found 60001"),
-        (["--validation", 60000], "validation: expected fewer than the 60000 training images, found 60000"),
+        (["--validation", 60000], "validation: expected all 10 classes before the last 60000, found 0"),
         (["--jitter", 0.1], "unrecognized arguments: --jitter 0.1"),
         (["--epochs", -1], "argument --epochs: expected a number from 0 to 1e+06, found -1"),
         (["--epochs", "inf"], "argument --epochs: expected a number from 0 to 1e+06, found inf"),
@@ -2705,32 +2707,35 @@ def test_evaluate_and_predict(slice_of_mnist, tmp_path, call, trained):
 
 
 NO_RUN = "expected a run of train.py, found what is of use for --evaluate"
-DAMAGED = "expected weights as --save writes them, found a damaged or other file"
+WHOLE = "expected whole weights as --save writes them, found "
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"settings": None}, NO_RUN),
-        ({"mW1": None}, NO_RUN),
-        ({"W1": None}, "expected W1, b1, ..., found settings, b1, W2"),
-        ({"W1": np.zeros((20, 24))}, "expected float32 W1 [20, width] and b1 [width], found W1 float64 (20, 24)"),
-        ({"W2": np.zeros((23, 24), "f")}, "expected float32 W2 [24, width] and b2 [width], found W2 float32 (23, 24)"),
-        ({"b3": None}, "expected float32 W3 [24, width] and b3 [width], found W3 float32 (24, 10), b3 float64 (0,)"),
-        ({"b3": np.full(10, np.nan, "f")}, "expected finite W3 and b3, found others"),
-        ({"W1": np.array([{}], object)}, DAMAGED),
-        ({"mb3": np.zeros(3, "f")}, "expected float32 mW3 [24, width] and mb3 [width], found mW3 float32 (24, 10)"),
-        ({"vW2": np.full((24, 24), np.nan, "f")}, "expected finite vW2 and vb2, found others"),
-        ({"mW3": np.zeros((24, 9), "f"), "mb3": np.zeros(9, "f")}, "expected m of the shapes of the weights, found"),
-        ({"W3": None}, "expected m of the shapes of the weights, found others"),
+        ({"mW1": None}, WHOLE + "mW1 missing or left over in a network of [20, 24, 24, 10]"),
+        ({"W1": None}, WHOLE + "W1 missing or left over"),
+        ({"W3": None, "b3": None}, WHOLE + "W3, b3 missing or left over"),
+        ({"W3": None, "b3": None, "settings": None}, WHOLE + "mW3, mb3, vW3, vb3 missing or left over"),
+        ({"W4": np.zeros((10, 2), "f"), "extra": np.zeros(1)}, WHOLE + "W4, extra missing or left over"),
+        ({"step": None}, WHOLE + "mW1, mW2, mW3, mb1, mb2, mb3, seconds, vW1"),
+        ({"W1": np.zeros((20, 24))}, WHOLE + "W1 float64 (20, 24), not finite float32 (20, 24)"),
+        ({"W2": np.zeros((23, 24), "f")}, WHOLE + "W2 float32 (23, 24), not finite float32 (24, 24)"),
+        ({"b3": np.full(10, np.nan, "f")}, WHOLE + "b3 float32 (10,), not finite"),
+        ({"W1": np.array([{}], object)}, WHOLE + "Object arrays cannot be loaded"),
+        ({"mb3": np.zeros(3, "f")}, WHOLE + "mb3 float32 (3,), not finite float32 (10,)"),
+        ({"vW2": np.full((24, 24), np.nan, "f")}, WHOLE + "vW2 float32 (24, 24), not finite"),
         ({"step": -1}, NO_RUN),
         ({"step": 601}, NO_RUN),
         ({"step": np.inf}, NO_RUN),
         ({"seconds": np.nan}, NO_RUN),
         ({"settings": '{"hidden": [24, 24], "jitter": 0}'}, NO_RUN),
-        ({"settings": "{"}, DAMAGED),
-        (b"PK\3\4 and no more", DAMAGED),
-        (b"", DAMAGED),
+        ({"settings": '{"sizes": 4}'}, WHOLE),
+        ({"settings": "{"}, WHOLE),
+        (b"PK\3\4 and no more", WHOLE),
+        (b"\x93NUMPY\1\0", WHOLE),
+        (b"", WHOLE),
     ],
 )
 def test_damaged_weights_end_in_one_line(small, tmp_path, whole, call, change, says):
@@ -2742,6 +2747,87 @@ def test_damaged_weights_end_in_one_line(small, tmp_path, whole, call, change, s
         np.savez(path, **arrays)
     status, out, errors = call("--data", small[1], "--resume", path)
     assert (status, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"train.py: error: {path}: {says}")
+
+
+def archive(method):
+    """A checkpoint of a small network -> its content and what is in it; `method` is one of zipfile's."""
+    params, _, _ = example((4, 3, 2))
+    settings, file, stored = {"sizes": [4, 3, 2], "steps": 9}, io.BytesIO(), io.BytesIO()
+    arrays = {"settings": json.dumps(settings), "step": 3, "seconds": 1.5}
+    named = [(f"{n}{i}", a) for i, layer in enumerate(params, 1) for n, a in zip("Wb", layer)]
+    arrays |= {tree + name: a for tree in ("", "m", "v") for name, a in named}
+    np.savez(stored, **arrays)
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(file, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return file.getvalue(), params, settings
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_archives_load_exactly_or_not_at_all(tmp_path, count):
+    """Flipped bits anywhere and in the directory at the end, cuts, other bytes; of four ways to compress."""
+    rng, loaded, path = RNG(count), 0, tmp_path / "mutated.npz"
+    sound = [
+        archive(method) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    ]
+    for i in range(count):
+        content, params, settings = sound[i % 4]
+        content, directory = bytearray(content), content.index(b"PK\1\2")
+        at = rng.integers(directory if i % 3 else 0, len(content))
+        if i % 20 == 0:
+            del content[at:]
+        elif i % 20 == 1:
+            content[at : at + 4] = rng.bytes(4)
+        else:
+            content[at] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        try:
+            found, others = data.load_weights(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: expected whole weights")
+            continue
+        loaded += 1
+        for tree in (found, others["m"], others["v"]):
+            assert_same_params(tree, params)
+        assert others["settings"] == settings and (others["step"], others["seconds"]) == (3, 1.5)
+    assert 0.1 * count < loaded < 0.9 * count
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000), (10**6, 10**6), (10**15, 10)])
+def test_an_array_that_promises_more_than_there_is(tmp_path, shape):
+    """Of any size: its header, not the memory of this machine, is at fault."""
+    content, path = io.BytesIO(), tmp_path / "w.npz"
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("W1.npy", content.getvalue() + bytes(64))
+    with pytest.raises(ValueError, match=f"^{path}: expected whole weights"):
+        data.load_weights(path)
+
+
+def test_files_in_folders_of_their_names(tmp_path):
+    """As some programs unpack them."""
+    write_set(tmp_path)
+    name = "train-labels-idx1-ubyte"
+    (tmp_path / name).rename(tmp_path / "labels")
+    (tmp_path / name).mkdir()
+    (tmp_path / "labels").rename(tmp_path / name / name)
+    with pytest.raises(
+        FileNotFoundError, match=f"{name}: expected a file, found a folder: move the file that is in it to"
+    ):
+        data.load(tmp_path)
+
+
+def test_held_out_images_leave_some_of_each_class(tmp_path):
+    """They are the last as they lie: in a file that is ordered by class, those of a class may be all among them."""
+    write_set(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.repeat(np.arange(3), 20)))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(20) % 3))
+    assert [len(a) for a in data.load(tmp_path, 19)] == [41, 41, 19, 19]
+    for held_out, left in ((20, 2), (45, 1), (60, 0), (1000, 0)):
+        with pytest.raises(
+            ValueError, match=f"validation: expected all 3 classes before the last {held_out}, found {left}"
+        ):
+            data.load(tmp_path, held_out)
 
 
 def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
