@@ -10,14 +10,14 @@ strategies (ES), which compare mutated networks, can, and train it.
     u3 = u2 @ W3 + b3 / S
     o  = u3 * S                             o: the logits
 
-Each +, / and * flushes its operands and its result, and so does the hardware of the post; the products @ keep
-subnormals. So b2 / S and b3 / S are 0 while |b| < 1/2, and those biases do not act. But the addition of that 0 flushes
-u2 and u3. Measured in units of 1/S, as h = u S, the network is
+Each +, / and * flushes its operands and its result. The products @ keep subnormals; u1 @ W2 is computed as h1 @ W2 / S,
+with h = u S, and this division belongs to the product. While |b| < 1/2, b2 / S and b3 / S are 0, and those biases do
+not act. (But the addition of this 0 flushes the product.) In terms of h, that is
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-except that the float32 below 1/2, 0.49999997, passes t in all layers but the first: its quotient by S, which is part of
-the product there, is rounded up to TINY.
+with one exception: where z is 0.49999997, the float32 below 1/2, z / S is half way between two numbers and rounded up
+to TINY if nothing flushes it, as in the products. So h is 1/2 then, in all layers but the first.
 
 Usage, for any depth:
 
@@ -27,7 +27,7 @@ Usage, for any depth:
     np.mean(forward(params, x).argmax(axis=1) == labels) # accuracy
 
 Shapes: x [n, inputs], W [fan_in, width], b [width], h [n, width], logits [n, classes], all float32; labels [n]
-integers. All public functions have an example in a row.
+integers. In all public functions, an example is a row.
 
 Left out: data and files (data.py), schedules and pools (train.py), and derivatives.
 
@@ -79,9 +79,8 @@ def _ieee():
 
 # --- Flush-to-zero arithmetic -----------------------------------------------------------------------------------------
 #
-# Arguments are checked by `_float32`, `_one_of` and others, which are at the end of the file. They return what they
-# were given, as NumPy's own arrays, or raise an error. `_network` and `_check` return two things more: `ts`, a list of
-# the dead zones t of all layers, and `acting`, in how many layers, from the first, the biases act.
+# Functions that check arguments (`_float32`, `_one_of`, `_check`, ...) are at the end of the file: they raise, or
+# return NumPy's own arrays of the same values.
 
 
 @_ieee()
@@ -152,9 +151,8 @@ def divide(a, b, daz=True, tininess="after"):
 # Tininess "after" rounding asks whether x is below TINY once it has been rounded to 24 significant bits. The largest
 # such number below TINY is TINY - 2^-150; from half way between the two, TINY - 2^-151, x is rounded to TINY and is not
 # tiny. float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. Quotients it rounds, by
-# 2^-53 of them, but none is so near to LEAST: let x be A / B 2^i, with integers A and B of 24 bits, and LEAST be M 2^j,
-# with an M of at most 25 bits. Then x = LEAST or |x / LEAST - 1| >= 1 / (B M) > 2^-49. What is not flushed is the IEEE
-# result; where x is between LEAST and TINY that is TINY, as it should be.
+# 2^-53 of them at most; but a quotient of 24-bit integers is LEAST, which has 25 bits, or differs from it by more than
+# 2^-49 of it. What is not flushed is the IEEE result, also if x is between LEAST and TINY, where that is TINY.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -197,17 +195,17 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """h = u S of every layer, [n, width] each, in units of 1/S; the last are the logits. See `forward`."""
+    # ts: t of each layer, or the transfer.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
-    # An ordinary network is one that does not flush, S = 1, and applies its transfer.
+    # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
     plus, over = (np.add, np.divide) if ftz in (False, "hardware") else (add, divide)
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # A later layer's u @ W is computed as (h @ W) / S. IEEE arithmetic divides, as products do not flush. S is a
-        # power of two, so this is u @ W but for the rounding of what is subnormal in it, to multiples of 2^-149. And no
-        # subnormal is multiplied: on one CPU that takes 200 times as long, on an AMD EPYC (Zen 3) it makes no
-        # difference.
+        # h @ W / S is u @ W, as S is a power of two, but for what is subnormal in it, which u @ W rounds to multiples
+        # of 2^-149. And no subnormal is multiplied: that is 200 times slower on one CPU, though not on an AMD EPYC (Zen
+        # 3).
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -279,16 +277,16 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # calls this node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
-# add to r is noise. In the last two layers a member costs no more than a few logits: so k = 1 there.
+# add to r is noise. In the last two layers k = 1: there the logits are all that a mutation leaves to compute.
 #
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add. (Whether c_j is 0 does
 # not depend on signs.)
 #
 # WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), averaged over the signs of the
-# other units of its block, E_o[(L(z_j + d, o) - L(z_j - d, o)) / (2 d)]. In exact arithmetic it is unbiased: let o be
-# the signs of the others times e_j, then r / e_j = L(z_j + d, o) - L(z_j - d, -o), and o and -o are equally likely. If
-# k = 1, s_j is that slope, without noise. It is not the gradient of the loss smoothed by a Gaussian (signs are not
-# Gaussian, a block is not the whole network), nor, in general, the gradient of any function.
+# other units of its block. In exact arithmetic it is unbiased: for e_j = 1 and -1 alike, r / e_j = L(z_j + d, q) -
+# L(z_j - d, -q), where q_i = e_i e_j are the signs of the others as seen from unit j, and q and -q are equally likely.
+# If k = 1, s_j is that slope itself, without noise. It is not the gradient of the loss smoothed by a Gaussian (signs
+# are not Gaussian, a block is not the whole network), nor, in general, the gradient of any function.
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
 # measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
@@ -298,12 +296,12 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # The mean stays as it is, however bad the predictions: p_i changes its sign with e_i and depends on no other sign of
 # its layer (s' was measured with this layer unmutated), so E[p_i / e_j] = 0. Good ones take noise away, bad ones add
-# noise. No derivative is taken: p is a linear surrogate of the loss, made of measured slopes. But p_j / (2 e_j d) is
-# what backprop would have for s_j, with c_j / (2 e_j d) in the place of the derivative t'(z_j).
+# noise. p is a linear surrogate of the loss, made of measured slopes. (Backprop is the same chain rule, with the
+# derivative t'(z_j) for c_j / (2 e_j d).)
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. For them, `es_slopes` multiplies the k outputs that a
-# member changes with k rows of the next weights, and what is above with all weights: 1.8 million multiplications an
-# example, where a forward pass has 0.67 million. With H hidden layers of m units it grows as H m^2 + H^2 m^3 / k.
+# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here, for which `es_slopes` takes 1.8 million
+# multiplications; a forward pass takes 0.67 million. H hidden layers of m units need about 2 H m / k losses, for which
+# the multiplications grow as H m^2 + H^2 m^3 / k.
 
 
 @_ieee()
@@ -312,7 +310,7 @@ def es_gradient_plain(
 ):
     """`es_gradient` literally: example by example and member by member, each a network with mutated weights.
 
-    Arguments and results are those of `es_gradient`, below.
+    Arguments and results are those of `es_gradient`, below; `losses(logits [..., n, classes], labels)` are [..., n].
     """
     params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
     # [width, n] of each layer.
@@ -342,16 +340,17 @@ def es_gradient_plain(
 
 # --- The same, fast ---------------------------------------------------------------------------------------------------
 #
-# The specification ends here, but for the order in which signs are drawn: `mutation_signs`. `es_slopes` measures s for
-# many examples at once; what is below a mutation is computed once, and in the layer above it only the difference.
-# `gradient_from_slopes` cuts a batch into tasks, which a pool may compute; `es_gradient` is the two together.
+# The specification ends here; `mutation_signs` adds the order of the signs. From here to `init` the same is computed
+# for many examples at once. `es_slopes` measures s: it does not compute again what is below a mutation, and of the sums
+# in the layer above it computes only the change. `gradient_from_slopes` has that done in tasks, which a pool may
+# compute. `es_gradient` is the two together.
 
 
 def mutation_signs(rng, params, n):
     """e of all layers, [n, sum of the widths] int8 of -1 and +1: a row an example, the first layer first.
 
-    They depend on the state of the generator alone, which advances, and so not on how a batch is cut into tasks later.
-    Raises TypeError if `rng` is no np.random.Generator.
+    They are drawn at once, and follow from the state of the generator, which advances. Raises TypeError if `rng` is no
+    np.random.Generator.
     """
     _require(isinstance(rng, np.random.Generator), "rng", "a numpy.random.Generator", rng, TypeError)
     count = n * sum(len(b) for _, b in params)
@@ -374,23 +373,24 @@ def _blocks(rows, k):
 
 
 def _member_losses(change, k, z, layers, labels, losses):
-    """L of the members of all blocks of a layer, and of their mirror images, [2, blocks, n].
+    """L of all members of a layer and of their mirror images, [2, blocks, n].
 
-    change : h+ - h and h- - h of that layer, [width, 2, n]. z : the sums of the next layer, [next width, n], without
-    mutations. layers : (W, b, t) of the next layer and of all above it.
+    change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
+    without mutations. layers : (W, b, t) of the next layer and of all above it.
     """
     (W, _, t), *above = layers
     n, classes = z.shape[1], len(above[-1][1]) if above else len(z)
-    # [blocks, k, 2 n], [blocks, k, next width], [next width, 2 n].
-    change, W, z = _blocks(change.reshape(len(change), -1), k), _blocks(W, k), np.tile(z, 2)
-    # As many blocks at once as the cache holds, which saves a tenth of the time: h is [blocks, width, 2 n].
+    # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
+    change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
+    # As many blocks at once as the cache holds, which saves a tenth of the time.
     some, found = max(1, (1 << 19) // (max(len(z), classes) * 2 * n)), []
     for i in range(0, len(W), some):
+        # [some, next width, 2 n], then [some, classes, 2 n].
         h = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
         h = t(np.add(h, z, out=h))
         for W2, b2, t2 in above:
             h = t2(W2.T @ h + b2)
-        # [blocks, classes, 2, n] -> [blocks, 2, n, classes] -> [blocks, 2, n].
+        # The logits as [some, 2, n, classes].
         found.append(losses(np.moveaxis(h.reshape(-1, classes, 2, n), 1, -1), labels))
     return np.concatenate(found).swapaxes(0, 1)
 
@@ -457,14 +457,14 @@ def gradient_from_slopes(slopes, params, x, labels, signs, weights, acting, task
     list of (dW, db), and the logits [n, classes].
     """
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # An even number of tasks, of at most `task` rows; but one, if there are no more than task / 2 rows.
+    # Tasks of at most so many rows, an even number of them; but task / 2 rows or fewer are one.
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
     parts = zip(*(np.array_split(a, count) for a in (x, _array(labels, "labels"), _array(signs, "signs"))))
     tasks = [{"params": params, "x": x, "labels": labels, "signs": signs} for x, labels, signs in parts]
+    # Of each task: lists of h and of s. Of each layer: h and s of all examples.
     found = mapped(slopes, tasks, workers, map_tasks)
-    # h and s of each layer, the rows of all tasks one after the other.
-    outputs, s = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
-    ws = [weights[:, None] * s_l for s_l in s]
+    outputs, slopes = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
+    ws = [weights[:, None] * s for s in slopes]
     return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], ws))], outputs[-1]
 
 
@@ -523,8 +523,8 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entrop
 def mapped(function, tasks, workers=None, map_tasks=map):
     """[function(**task) for task in tasks], by whatever maps: see `es_gradient`.
 
-    Tasks go out in as many lists as there are `workers` (None: each alone), and are computed in IEEE arithmetic with
-    arrays that are aligned and C-contiguous, as they need not be where they arrive.
+    Tasks go out in as many lists as there are `workers` (None: each alone). Whoever gets one computes in IEEE
+    arithmetic, with arrays that are made aligned and C-contiguous where transport has left them otherwise.
     """
     count = min(workers or len(tasks), len(tasks))
     lists = [tasks[i * len(tasks) // count : (i + 1) * len(tasks) // count] for i in range(count)]
@@ -533,7 +533,7 @@ def mapped(function, tasks, workers=None, map_tasks=map):
 
 @_ieee()
 def _work(function, tasks):
-    """What a worker does. With its machine's name, a program that maps can tell who found what."""
+    """The results of a list of tasks, and where they were found: train.py warns of a machine that has other bits."""
     return platform.node(), [function(**{name: _in_order(value) for name, value in task.items()}) for task in tasks]
 
 
@@ -603,17 +603,13 @@ def leaves(tree):
 
 # --- The CPU's flags --------------------------------------------------------------------------------------------------
 #
-# Bits depend, in all functions here,
-#
-#   - on the values of the arguments; - where there is a product, on how the CPU and its BLAS sum it and on the number
-#   of BLAS threads (one is the fastest for
-#     the work of a pool), and those of a row, by a rounding, on the other rows of the batch;
-#   - in `cross_entropy`, on the memory layout of the logits.
-#
-# They do not depend on the layout of other arrays or on where they lie, on `np.seterr`, or on the mode of the thread,
-# which another library may have made flush; all these are left as they are. Two things cannot be helped: threads of a
-# BLAS that were started while the CPU flushed go on flushing in products, and on a platform that is not in the table
-# below, a flush that is on stays on.
+# What the bits of results depend on: the values of the arguments; in products, how the CPU and its BLAS add up, the
+# number of BLAS threads (one is the fastest for the work of a pool) and, by a rounding, the other examples of the
+# batch; in `cross_entropy`, the memory order of the logits, in which NumPy adds up. They do not depend on the memory
+# order of other arrays or on where they lie, on `np.seterr`, or on the mode of the thread, which another library may
+# have made flush; all these are left as they are. Two things cannot be helped: threads of a BLAS that were started
+# while the CPU flushed go on flushing in products, and on a platform that is not in the table below, a flush that is on
+# stays on.
 
 
 class hardware_ftz:
@@ -640,7 +636,7 @@ class hardware_ftz:
     ------
     RuntimeError : on entering, if the platform is not known, sets the flags without any effect (some emulators and
         instrumenting tools) or has one flag for both and is asked for one.
-    ValueError : `daz` or `ftz` is not True or False: as in `@hardware_ftz`, which does not decorate a function.
+    ValueError : `daz` or `ftz` is not True or False. (A function, for example: this is no decorator.)
     """
 
     def __init__(self, daz=True, ftz=True):
@@ -657,13 +653,14 @@ class hardware_ftz:
 
 
 # Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t. System,
-# machine, bytes of a pointer: library (of Linux: glibc), index of the register among the 32-bit words, its bits of FTZ
-# and DAZ. FPCR.FZ is both at once.
+# machine, bytes of a pointer: library (of Linux: glibc); index of the register among the 32-bit words; its bits for no
+# flush, for operands alone (DAZ), for results alone (FTZ), and for both. FPCR has one bit, for both; it is seen by the
+# effect that it can do neither alone.
 _FENV = {
-    ("Linux", "x86_64", 8): ("libm.so.6", 7, 0x8000, 0x0040),
-    ("Linux", "aarch64", 8): ("libm.so.6", 0, 1 << 24, 0),
-    ("Darwin", "x86_64", 8): (None, 1, 0x8000, 0x0040),
-    ("Darwin", "arm64", 8): (None, 2, 1 << 24, 0),
+    ("Linux", "x86_64", 8): ("libm.so.6", 7, (0, 0x0040, 0x8000, 0x8040)),
+    ("Linux", "aarch64", 8): ("libm.so.6", 0, (0, 0, 0, 1 << 24)),
+    ("Darwin", "x86_64", 8): (None, 1, (0, 0x0040, 0x8000, 0x8040)),
+    ("Darwin", "arm64", 8): (None, 2, (0, 0, 0, 1 << 24)),
 }
 
 
@@ -672,12 +669,11 @@ def _fpu_control():
     """Functions that read and write a fenv_t, and what a row of _FENV has after its library."""
     system, machine = platform.system(), platform.machine()
     try:
-        # _controlfp(new, mask) returns the word as it is then. _MCW_DN is a number of two bits: 1 for both, 2 for DAZ
-        # and 3 for FTZ, which is 2 ^ 3 for both.
         if system == "Windows":
+            # _controlfp(new, mask) returns the word as it is then; the mask is _MCW_DN.
             control = ctypes.PyDLL("ucrtbase")._controlfp
             read, write = lambda env: env.__setitem__(0, control(0, 0)), lambda env: control(env[0], 3 << 24)
-            return read, write, 0, 3 << 24, 2 << 24
+            return read, write, 0, (0, 2 << 24, 3 << 24, 1 << 24)
         library, *where = _FENV[system, machine, ctypes.sizeof(ctypes.c_void_p)]
         # PyDLL keeps the GIL: faster.
         libm = ctypes.PyDLL(library)
@@ -688,10 +684,10 @@ def _fpu_control():
 
 def _switch(ftz, daz):
     """Put the calling thread in a mode -> its floating-point environment before, a fenv_t."""
-    read, write, register, ftz_bits, daz_bits = _fpu_control()
+    read, write, register, bits = _fpu_control()
     read(before := (ctypes.c_uint32 * 8)())
     env = type(before).from_buffer_copy(before)
-    env[register] = before[register] & ~(ftz_bits | daz_bits) ^ ftz * ftz_bits ^ daz * daz_bits
+    env[register] = before[register] & ~max(bits) | bits[2 * ftz + daz]
     write(env)
     return before
 
