@@ -10,14 +10,14 @@ strategies (ES), which compare mutated networks, can, and train it.
     u3 = u2 @ W3 + b3 / S
     o  = u3 * S                             o: the logits
 
-Each +, / and * flushes its operands and its result. The products @ keep subnormals; u1 @ W2 is computed as h1 @ W2 / S,
-with h = u S, and this division belongs to the product. While |b| < 1/2, b2 / S and b3 / S are 0, and those biases do
-not act. (But the addition of this 0 flushes the product.) In terms of h, that is
+As on the hardware of the post, each +, / and * flushes its operands and its result, and the products @ keep subnormals.
+u1 @ W2 is computed as h1 @ W2 / S, with h = u S; this division is part of the product, and does not flush. While |b| is
+below 1/2, b2 / S and b3 / S are 0: those biases do not act, but the addition of this 0 flushes the product. So
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-with one exception: where z is 0.49999997, the float32 below 1/2, z / S is half way between two numbers and rounded up
-to TINY if nothing flushes it, as in the products. So h is 1/2 then, in all layers but the first.
+for all z but one. If z is 0.49999997, the float32 below 1/2, a division by S that does not flush rounds z / S up to
+TINY: in all layers but the first, h is 1/2 then, and not 0.
 
 Usage, for any depth:
 
@@ -152,7 +152,8 @@ def divide(a, b, daz=True, tininess="after"):
 # such number below TINY is TINY - 2^-150; from half way between the two, TINY - 2^-151, x is rounded to TINY and is not
 # tiny. float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. Quotients it rounds, by
 # 2^-53 of them at most; but a quotient of 24-bit integers is LEAST, which has 25 bits, or differs from it by more than
-# 2^-49 of it. What is not flushed is the IEEE result, also if x is between LEAST and TINY, where that is TINY.
+# 2^-49 of it. What is not flushed is the IEEE result, also if x is between LEAST and TINY, where that is TINY. (Near
+# TINY, sums are multiples of 2^-149 and quotients by S of 2^-150. So none is between TINY - 2^-151 and TINY.)
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -178,8 +179,8 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     x : [n, inputs] float32.
     ftz : True, every operation but the product flushes its operands and its result; "hardware", the CPU's own flags do
         that, with the same bits (compared on Linux x86-64); False, the same operations with gradual underflow: the
-        network is linear up to rounding. The `tininess` of `add` would make no difference: near TINY, sums and
-        quotients by S are multiples of 2^-150, and none is between its two thresholds.
+        network is linear up to rounding. Either `tininess` of `add` would give the same bits.
+
     scale : S, a float32 power of two from 1 to 2^127; the dead zones end at |z| = S TINY.
     transfer : for comparison, an ordinary network without S and flush, whose hidden units have this function of an
         array of sums (float32 to float32, elementwise) and whose logits are linear.
@@ -257,18 +258,10 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #         c_j = h+_j - h-_j    how far the unit's own output moves
 #         s_j = r / (2 e_j d)  the slope of L along z_j; but 0 where c_j = 0, and where d = 0
 #     dV = a^T s               the outer product [fan_in + 1, width]: dW, and in its last row db
-#
 # The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
 # `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
-# the first `acting` layers: in 1, but in all if nothing flushes (ftz=False, or with a `transfer`). In the code:
+# the first `acting` layers: in one, but in all if nothing flushes (ftz=False, or with a `transfer`).
 #
-#     symbol    es_gradient_plain    es_slopes, below, of n examples at once
-#     a         a_l                  a[l] [fan_in, n], without the last entry
-#     z         none                 z[l] [width, n]
-#     h         a[l + 1]             a[l + 1] [width, n]
-#     h+, h-    h[0], h[1]           h[:, 0], h[:, 1]
-#     L+, L-    L[0], L[1]           L[0], L[1]
-#     s         s[l]                 s[l] [width, n]
 #
 # WHY ALONG a. ES estimates a gradient as the mean of (L(V + sigma e) - L(V - sigma e)) e / (2 sigma), with e ~ N(0, 1)
 # for each of all N weights. With M such pairs of members, the noise is about sqrt(N / M) times as long as the gradient,
@@ -278,15 +271,17 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
 # add to r is noise. In the last two layers k = 1: there the logits are all that a mutation leaves to compute.
-#
-# WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add. (Whether c_j is 0 does
-# not depend on signs.)
+# WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
 # WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), averaged over the signs of the
-# other units of its block. In exact arithmetic it is unbiased: for e_j = 1 and -1 alike, r / e_j = L(z_j + d, q) -
-# L(z_j - d, -q), where q_i = e_i e_j are the signs of the others as seen from unit j, and q and -q are equally likely.
-# If k = 1, s_j is that slope itself, without noise. It is not the gradient of the loss smoothed by a Gaussian (signs
-# are not Gaussian, a block is not the whole network), nor, in general, the gradient of any function.
+# other units of its block. In exact arithmetic it is unbiased. For e_j = 1 and for e_j = -1,
+#
+#     r / e_j = L(z_j + d, q) - L(z_j - d, -q)      q_i = e_i e_j: the signs of the others, as seen from unit j
+#
+# and q and -q are equally likely. Whether c_j is 0 does not depend on signs. If k = 1, s_j is that slope itself,
+# without noise. It is not the gradient of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the
+# whole network), nor, in general, the gradient of any function.
+#
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
 # measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
@@ -310,40 +305,50 @@ def es_gradient_plain(
 ):
     """`es_gradient` literally: example by example and member by member, each a network with mutated weights.
 
-    Arguments and results are those of `es_gradient`, below; `losses(logits [..., n, classes], labels)` are [..., n].
+    Arguments and results are those of `es_gradient`, below. `losses` is the loss of each example: logits [..., n,
+    classes] and labels -> [..., n]. `net` are ftz, scale and transfer, as in `forward`.
     """
+    # w: the weights, or 1 / n.
     params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
     # [width, n] of each layer.
     signs = _of_layers(mutation_signs(rng, params, len(x)), params)
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]
     for i in range(len(x)):
-        a, s = [x[i], *(h[0] for h in activations(params, x[i : i + 1], **net))], {}
+        inputs, s = [x[i], *(h[0] for h in activations(params, x[i : i + 1], **net))], {}
         for l, (W, b) in reversed([*enumerate(params)]):
-            a_l, e = np.append(a[l], float32(l < acting)), signs[l][:, i]
-            d, k = float32(sigma) * np.linalg.norm(a_l), block if l < len(params) - 2 else 1
+            a, e = np.append(inputs[l], float32(l < acting)), signs[l][:, i]
+            d, k = float32(sigma) * np.linalg.norm(a), block if l < len(params) - 2 else 1
             blocks = np.split(np.arange(len(b)), range(k, len(b), k))
             s[l] = np.zeros_like(b)
             for J in blocks if d > 0 else []:
                 h, L = [], []
                 for sign in (1, -1):
                     V = np.vstack([W, b])
-                    V[:, J] += float32(sigma) * np.outer(a_l / np.linalg.norm(a_l), sign * e[J])
+                    V[:, J] += float32(sigma) * np.outer(a / np.linalg.norm(a), sign * e[J])
                     hs = activations([*params[:l], (V[:-1], V[-1]), *params[l + 1 :]], x[i : i + 1], **net)
                     h.append(hs[l][0, J])
                     L.append(losses(hs[-1], labels[i : i + 1])[0])
                 r, c = L[0] - L[1], h[0] - h[1]
                 p = c * (params[l + 1][0][J] @ s[l + 1]) if control_variate and k > 1 else 0 * c
                 s[l][J] = (r - (p.sum() - p)) * (c != 0) / (2 * e[J] * d)
-            grads[l] += w[i] * np.outer(a_l, s[l])
+            grads[l] += w[i] * np.outer(a, s[l])
     return [(dV[:-1], dV[-1]) for dV in grads]
 
 
 # --- The same, fast ---------------------------------------------------------------------------------------------------
 #
-# The specification ends here; `mutation_signs` adds the order of the signs. From here to `init` the same is computed
-# for many examples at once. `es_slopes` measures s: it does not compute again what is below a mutation, and of the sums
-# in the layer above it computes only the change. `gradient_from_slopes` has that done in tasks, which a pool may
-# compute. `es_gradient` is the two together.
+# The specification ends here. From here to `init`, the same is computed for many examples at once. `mutation_signs`
+# draws all signs. `es_slopes` measures s: it does not compute again what is below a mutation, and of the sums in the
+# layer above it computes only the change. `gradient_from_slopes` has that done in tasks, which a pool may compute.
+# `es_gradient` is the two together. The symbols of the algorithm, and their names in the code:
+#
+#     symbol     es_gradient_plain     es_slopes, for n examples at once
+#     a          a                     a[l] [fan_in, n], without the entry for the bias
+#     z          none                  z[l] [width, n]
+#     h          inputs[l + 1]         a[l + 1] [width, n]
+#     h+, h-     h[0], h[1]            h[:, 0], h[:, 1]; h is [width, 2, n]
+#     L+, L-     L[0], L[1]            L[0], L[1]; L is [2, blocks, n]
+#     s          s[l]                  s[l] [width, n]
 
 
 def mutation_signs(rng, params, n):
@@ -376,7 +381,8 @@ def _member_losses(change, k, z, layers, labels, losses):
     """L of all members of a layer and of their mirror images, [2, blocks, n].
 
     change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
-    without mutations. layers : (W, b, t) of the next layer and of all above it.
+    without mutations. layers : (W, b, t) of the next layer and of all above it; of the logits' layer, the next is one
+    whose sums are the logits themselves.
     """
     (W, _, t), *above = layers
     n, classes = z.shape[1], len(above[-1][1]) if above else len(z)
@@ -422,13 +428,13 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     for W, b, t in layers:
         z.append(W.T @ a[-1] + b)
         a.append(t(z[-1].copy()))
-    # Above the last layer stands one that leaves the logits as they are, so that each layer has a next one.
+    # The layer above the logits: its sums are the logits, its weights the identity.
     z.append(a[-1])
     identity = [(np.eye(len(a[-1]), dtype=float32), float32(0), np.positive)]
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
         d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
-        # h+ and h- are [width, 2, n], L+ and L- [2, blocks, n]; r [width, n] repeats what is of a block for each unit.
+        # What is one number for a block is repeated for its units: r is [width, n].
         h = layers[l][2](z[l][:, None] + np.stack([e * d, -e * d], axis=1))
         L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
         r, c = np.repeat(L[0] - L[1], k, axis=0)[: len(e)], h[:, 0] - h[:, 1]
@@ -441,13 +447,13 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
 
 
 @_ieee()
-def gradient_from_slopes(slopes, params, x, labels, signs, weights, acting, task=32, workers=None, map_tasks=map):
+def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, task=32, workers=None, map_tasks=map):
     """sum_i w_i a_i^T s_i, the gradient of sum_i w_i L_i, from slopes s that are measured in tasks.
 
     Parameters
     ----------
-    slopes : what measures: a function that is called with params and with some rows of x, labels and signs, as keywords
-        of these names, and returns what `es_slopes` does. (`es_gradient` calls it with `es_slopes`.)
+    measure : a function that returns what `es_slopes` does, and is called with the keywords params, x, labels and
+        signs; the last three are some rows of those given here. (`es_gradient` gives `es_slopes`.)
     weights : w, [n] float32.
     acting : the biases act in so many layers, from the first; in the others db = 0.
     Others as in `es_gradient`.
@@ -459,13 +465,13 @@ def gradient_from_slopes(slopes, params, x, labels, signs, weights, acting, task
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
     # Tasks of at most so many rows, an even number of them; but task / 2 rows or fewer are one.
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
-    parts = zip(*(np.array_split(a, count) for a in (x, _array(labels, "labels"), _array(signs, "signs"))))
-    tasks = [{"params": params, "x": x, "labels": labels, "signs": signs} for x, labels, signs in parts]
+    parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
+    tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
     # Of each task: lists of h and of s. Of each layer: h and s of all examples.
-    found = mapped(slopes, tasks, workers, map_tasks)
+    found = mapped(measure, tasks, workers, map_tasks)
     outputs, slopes = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
     ws = [weights[:, None] * s for s in slopes]
-    return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], ws))], outputs[-1]
+    return [(a.T @ b, b.sum(axis=0) * (l < acting)) for l, (a, b) in enumerate(zip([x, *outputs], ws))], outputs[-1]
 
 
 @_ieee()
