@@ -16,8 +16,8 @@ below 1/2, b2 / S and b3 / S are 0: those biases do not act, but the addition of
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-for all z but one. If z is 0.49999997, the float32 below 1/2, a division by S that does not flush rounds z / S up to
-TINY: in all layers but the first, h is 1/2 then, and not 0.
+for all z but 0.49999997, the float32 below 1/2, and its negative. In the first layer, z / S is flushed then. In the
+others it is the quotient in the product, which IEEE arithmetic rounds up to TINY: so h is 1/2 there, and not 0.
 
 Usage, for any depth:
 
@@ -29,7 +29,7 @@ Usage, for any depth:
 Shapes: x [n, inputs], W [fan_in, width], b [width], h [n, width], logits [n, classes], all float32; labels [n]
 integers. In all public functions, an example is a row.
 
-Left out: data and files (data.py), schedules and pools (train.py), and derivatives.
+Left out: data and files (data.py), schedules and pools (train.py), and backpropagation.
 
 References
 ----------
@@ -150,10 +150,11 @@ def divide(a, b, daz=True, tininess="after"):
 #
 # Tininess "after" rounding asks whether x is below TINY once it has been rounded to 24 significant bits. The largest
 # such number below TINY is TINY - 2^-150; from half way between the two, TINY - 2^-151, x is rounded to TINY and is not
-# tiny. float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. Quotients it rounds, by
-# 2^-53 of them at most; but a quotient of 24-bit integers is LEAST, which has 25 bits, or differs from it by more than
-# 2^-49 of it. What is not flushed is the IEEE result, also if x is between LEAST and TINY, where that is TINY. (Near
-# TINY, sums are multiples of 2^-149 and quotients by S of 2^-150. So none is between TINY - 2^-151 and TINY.)
+# tiny. What is not flushed is the IEEE result. If x is from LEAST to TINY, the IEEE result is TINY.
+#
+# float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. It rounds quotients, by 2^-53 of
+# them; but no quotient of two float32 lies between (1 - 2^-24) TINY, which is TINY - 2^-150, and TINY. Nor does a sum:
+# so "after" and "before" differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -195,8 +196,8 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
-    """h = u S of every layer, [n, width] each, in units of 1/S; the last are the logits. See `forward`."""
-    # ts: t of each layer, or the transfer.
+    """h = u S of every layer, [n, width] each; the last are the logits. Arguments and errors: see `forward`."""
+    # ts is used with a transfer only: that of hidden layers, and none for the logits.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
     # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
@@ -204,9 +205,9 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # h @ W / S is u @ W, as S is a power of two, but for what is subnormal in it, which u @ W rounds to multiples
-        # of 2^-149. And no subnormal is multiplied: that is 200 times slower on one CPU, though not on an AMD EPYC (Zen
-        # 3).
+        # u @ W would round what is subnormal in it to multiples of 2^-149. h @ W / S is the same without that, as S is
+        # a power of two, and multiplies no subnormals, which takes 200 times as long on one CPU (not on an AMD EPYC,
+        # Zen 3).
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -243,7 +244,7 @@ def cross_entropy(logits, labels, smoothing=0.0):
 
 # --- The ES gradient --------------------------------------------------------------------------------------------------
 #
-# THE ALGORITHM. For each example, whose loss is L, and each layer, from the last to the first, in units of 1/S:
+# THE ALGORITHM. For each example, whose loss is L, and each layer, from the last to the first:
 #
 #     a                        the layer's input, x or the h of the layer below; and one more entry, which is 1 if the
 #                              biases of the layer act, else 0
@@ -274,7 +275,7 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
 # WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), averaged over the signs of the
-# other units of its block. In exact arithmetic it is unbiased. For e_j = 1 and for e_j = -1,
+# other units of its block. But for rounding, it is unbiased. For e_j = 1 and for e_j = -1,
 #
 #     r / e_j = L(z_j + d, q) - L(z_j - d, -q)      q_i = e_i e_j: the signs of the others, as seen from unit j
 #
@@ -294,9 +295,9 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # noise. p is a linear surrogate of the loss, made of measured slopes. (Backprop is the same chain rule, with the
 # derivative t'(z_j) for c_j / (2 e_j d).)
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here, for which `es_slopes` takes 1.8 million
-# multiplications; a forward pass takes 0.67 million. H hidden layers of m units need about 2 H m / k losses, for which
-# the multiplications grow as H m^2 + H^2 m^3 / k.
+# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. For those of mutations, `es_slopes` takes 1.8 million
+# multiplications, where a forward pass takes 0.67 million. H hidden layers of m units need 2 ((H - 1) m / k + m +
+# classes) losses, and multiplications that grow as H m^2 + H^2 m^3 / k.
 
 
 @_ieee()
@@ -381,11 +382,11 @@ def _member_losses(change, k, z, layers, labels, losses):
     """L of all members of a layer and of their mirror images, [2, blocks, n].
 
     change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
-    without mutations. layers : (W, b, t) of the next layer and of all above it; of the logits' layer, the next is one
-    whose sums are the logits themselves.
+    without mutations. layers : (W, b, t) of the next layer and of all above it. (Of the logits, `es_slopes` gives
+    `identity` as the next layer.)
     """
     (W, _, t), *above = layers
-    n, classes = z.shape[1], len(above[-1][1]) if above else len(z)
+    n, classes = z.shape[1], layers[-1][0].shape[1]
     # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
     change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
     # As many blocks at once as the cache holds, which saves a tenth of the time.
@@ -463,15 +464,15 @@ def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, tas
     list of (dW, db), and the logits [n, classes].
     """
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # Tasks of at most so many rows, an even number of them; but task / 2 rows or fewer are one.
+    # How many tasks: an even number, so that none has more than `task` rows; but one for task / 2 rows or fewer.
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
     parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
     tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
     # Of each task: lists of h and of s. Of each layer: h and s of all examples.
     found = mapped(measure, tasks, workers, map_tasks)
     outputs, slopes = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
-    ws = [weights[:, None] * s for s in slopes]
-    return [(a.T @ b, b.sum(axis=0) * (l < acting)) for l, (a, b) in enumerate(zip([x, *outputs], ws))], outputs[-1]
+    slopes = [weights[:, None] * s for s in slopes]
+    return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], slopes))], outputs[-1]
 
 
 @_ieee()
@@ -642,7 +643,8 @@ class hardware_ftz:
     ------
     RuntimeError : on entering, if the platform is not known, sets the flags without any effect (some emulators and
         instrumenting tools) or has one flag for both and is asked for one.
-    ValueError : `daz` or `ftz` is not True or False. (A function, for example: this is no decorator.)
+    ValueError : `daz` or `ftz` is not True or False. (This is no decorator: `@hardware_ftz` would pass a function for
+        daz.)
     """
 
     def __init__(self, daz=True, ftz=True):
@@ -660,8 +662,8 @@ class hardware_ftz:
 
 # Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t. System,
 # machine, bytes of a pointer: library (of Linux: glibc); index of the register among the 32-bit words; its bits for no
-# flush, for operands alone (DAZ), for results alone (FTZ), and for both. FPCR has one bit, for both; it is seen by the
-# effect that it can do neither alone.
+# flush, for operands alone (DAZ), for results alone (FTZ), and for both. FPCR has one bit, for both: who asks for one
+# of them alone is refused, as the effect is another. On Windows, the bits for results alone are all that there are.
 _FENV = {
     ("Linux", "x86_64", 8): ("libm.so.6", 7, (0, 0x0040, 0x8000, 0x8040)),
     ("Linux", "aarch64", 8): ("libm.so.6", 0, (0, 0, 0, 1 << 24)),
@@ -758,6 +760,7 @@ def _of_layers(signs, params):
 def _network(params, x, ftz=True, scale=SCALE, transfer=None):
     """Checked: params, x, t of each layer, which may overwrite its argument, and in how many layers the biases act."""
     x, layers = _float32(x, "x"), []
+    # If x has another shape, no W fits.
     width = x.shape[1] if x.ndim == 2 else f"shape {x.shape}"
     _require(len(params) > 0, "params", "[(W, b), ...], a pair a layer", params)
     for i, (W, b) in enumerate(params, 1):

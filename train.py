@@ -15,8 +15,12 @@ bit, whatever maps the work and however many workers: work is always cut in the 
 """
 
 import os
+import signal
 import sys
 
+# The first process of a container hears no signal that it does not handle.
+if __name__ == "__main__" and os.getpid() == 1:
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 # BLAS reads these when NumPy is imported: other numbers of its threads give other bits, and the work is mapped anyway.
 ONE_THREAD = {f"{blas}_THREADS": "1" for blas in ("OPENBLAS_NUM", "MKL_NUM", "OMP_NUM", "VECLIB_MAXIMUM")}
 NUMPY_WAS_FIRST = "numpy" in sys.modules
@@ -29,7 +33,6 @@ import ctypes
 import functools
 import math
 import pathlib
-import signal
 import time
 
 import numpy as np
@@ -56,7 +59,7 @@ def number(kind, low, high):
 COUNT, SIZE, LONG, SHARE = number(int, 1, 1e6), number(float, 0, 1e38), number(float, 0, 1e6), number(float, 0, 1)
 # Options that decide the weights: default, kind, help.
 OPTIONS = {
-    "validation": (0, number(int, 0, 1e9), "hold out the last N training images"),
+    "validation": (0, number(int, 0, 1e9), "hold out the last N training images, as they lie"),
     "hidden": (fpnl.SIZES[1:-1], COUNT, "units of each hidden layer"),
     "epochs": (30.0, LONG, "passes over the training images; fractions too, 0 evaluates"),
     "batch": (512, COUNT, "images a step"),
@@ -68,7 +71,7 @@ OPTIONS = {
     "weight_decay": (1.0, SIZE, "AdamW's decoupled decay"),
     "dropout": (0.0, number(float, 0, 0.99), "share of the hidden units that is left out"),
     "smoothing": (0.0, SHARE, "share of each label that is spread over all classes"),
-    "seed": (0, number(int, 0, math.inf), "of the weights, the order of the images and the mutations"),
+    "seed": (0, number(int, 0, 2**32 - 1), "of the weights, the order of the images and the mutations"),
 }
 PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 # So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
@@ -78,7 +81,6 @@ FIXED = {"version": 2, "task": 32, "piece": 256, "mask": 64, "least": 0.05}
 INIT, ORDER, DRAW = range(3)
 # As fpnl takes it.
 FTZ = {"emulated": True, "hardware": "hardware", "off": False}
-SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def zeros(params):
@@ -190,8 +192,8 @@ def begin(args, method=es, transfer=None):
     saved = args.saved or vars(s)
     for name in {**saved, **vars(s)}:
         if (expected := saved.get(name)) != (found := getattr(s, name, None)):
-            says = f"--{name.replace('_', '-')}: expected {expected} as in {args.resume}, found {found}"
-            raise ValueError(f"{says}: what decides the weights is fixed from the start")
+            option = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
+            raise ValueError(f"{option}: expected {expected} as in {args.resume}, found {found}: it is fixed")
     net = {"ftz": FTZ[args.flush], "transfer": transfer}
     gradient = thinned(method(s, net), s) if s.dropout else method(s, net)
     state = args.state or {"params": fpnl.init(np.random.default_rng((s.seed, INIT)), s.sizes)}
@@ -205,7 +207,7 @@ def train(args, run):
     due = {run.step, *(round(i * s.steps / count) for i in range(count + 1))}
     columns = ["epoch", "seconds", "loss", "train", other, *(f"live{l + 1}" for l in range(len(run.params)))]
     log = data.open_log(args.log or os.devnull, vars(s), columns, goes_on=args.resume)
-    began, first, before, shown = time.perf_counter(), run.step, run.seconds, 0.0
+    began, first, before, shown = time.perf_counter() - run.seconds, run.step, run.seconds, 0.0
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not args.quiet
 
     def say(text, end="\n"):
@@ -218,9 +220,9 @@ def train(args, run):
         say(f"{sizes} network, {weights:,} weights; {s.images:,} images, {s.steps:,} steps of {s.batch}; {how}")
         say(f"{'epoch':>6} {'seconds':>8} {'loss':>8} {'train':>7} {other:>10}   live units{'left':>10}")
         for loss in steps(run, map_pieces, map_tasks=map_tasks, workers=lists):
-            spent, done, epoch = time.perf_counter() - began, run.step - first, run.step / (s.images // s.batch)
-            run.seconds, report = before + spent, run.step in due or signals
-            left = f"{spent * (s.steps - run.step) / done:8.0f} s" if done else f"{'?':>10}"
+            done, epoch = run.step - first, run.step / (s.images // s.batch)
+            run.seconds, report = time.perf_counter() - began, run.step in due or signals
+            left = f"{(run.seconds - before) * (s.steps - run.step) / done:8.0f} s" if done else f"{'?':>10}"
             finite = not report or all(np.isfinite(a).all() for a in fpnl.leaves([run.m, run.v]))
             if not (finite and loss <= 10 * math.log(s.sizes[-1])):
                 raise ValueError(f"diverged: the loss is {loss:.4g} after {run.step} steps: try a smaller --lr")
@@ -240,8 +242,7 @@ def train(args, run):
             if signals:
                 kept = f"; go on with --resume {args.save}" if args.save else ""
                 raise KeyboardInterrupt(signals[0], f"interrupted after step {run.step} of {s.steps}{kept}")
-    seconds = before + time.perf_counter() - began
-    print(f"result: train {trained[1]:.4f} {other} {held[1]:.4f} seconds {seconds:.0f}", flush=True)
+    print(f"result: train {trained[1]:.4f} {other} {held[1]:.4f} seconds {time.perf_counter() - began:.0f}", flush=True)
     return trained, held
 
 
@@ -270,7 +271,7 @@ def flagged():
     with contextlib.ExitStack() as stack:
         # Only the main thread may. A handler of None is not Python's.
         with contextlib.suppress(ValueError):
-            for each in SIGNALS:
+            for each in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, each, signal.signal(each, note) or signal.SIG_DFL)
         yield signals
 
