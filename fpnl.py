@@ -205,9 +205,9 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # u @ W would round what is subnormal in it to multiples of 2^-149. h @ W / S is the same without that, as S is
-        # a power of two, and multiplies no subnormals, which takes 200 times as long on one CPU (not on an AMD EPYC,
-        # Zen 3).
+        # h @ W / S is u @ W, as S is a power of two, but rounds what is subnormal once; u @ W would in each of its
+        # terms and partial sums. And it multiplies no subnormals, which takes 200 times as long on one CPU (not on an
+        # AMD EPYC, Zen 3).
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -259,10 +259,10 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #         c_j = h+_j - h-_j    how far the unit's own output moves
 #         s_j = r / (2 e_j d)  the slope of L along z_j; but 0 where c_j = 0, and where d = 0
 #     dV = a^T s               the outer product [fan_in + 1, width]: dW, and in its last row db
+#
 # The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
 # `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
 # the first `acting` layers: in one, but in all if nothing flushes (ftz=False, or with a `transfer`).
-#
 #
 # WHY ALONG a. ES estimates a gradient as the mean of (L(V + sigma e) - L(V - sigma e)) e / (2 sigma), with e ~ N(0, 1)
 # for each of all N weights. With M such pairs of members, the noise is about sqrt(N / M) times as long as the gradient,
@@ -272,17 +272,21 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
 # add to r is noise. In the last two layers k = 1: there the logits are all that a mutation leaves to compute.
+#
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
-# WHAT s_j ESTIMATES. The slope over an interval, (L(z_j + d) - L(z_j - d)) / (2 d), averaged over the signs of the
-# other units of its block. But for rounding, it is unbiased. For e_j = 1 and for e_j = -1,
+# WHAT s_j ESTIMATES. Let q_i = e_i e_j be the signs of the other units of the block as seen from unit j, and L(z, q)
+# the loss if z_j is z and each of the others is moved by q_i d. Then, for e_j = 1 and for e_j = -1,
 #
-#     r / e_j = L(z_j + d, q) - L(z_j - d, -q)      q_i = e_i e_j: the signs of the others, as seen from unit j
+#     r / e_j = L(z_j + d, q) - L(z_j - d, -q)
 #
-# and q and -q are equally likely. Whether c_j is 0 does not depend on signs. If k = 1, s_j is that slope itself,
-# without noise. It is not the gradient of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the
-# whole network), nor, in general, the gradient of any function.
+# As q and -q are equally likely, s_j is an unbiased estimate, but for rounding, of the slope over an interval,
 #
+#     (L(z_j + d, q) - L(z_j - d, q)) / (2 d),      averaged over all q
+#
+# (Whether c_j is 0 does not depend on signs.) If k = 1, there is no q and no noise. These slopes are not the gradient
+# of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the whole network), nor, in general, the
+# gradient of any function.
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
 # measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
@@ -292,12 +296,12 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # The mean stays as it is, however bad the predictions: p_i changes its sign with e_i and depends on no other sign of
 # its layer (s' was measured with this layer unmutated), so E[p_i / e_j] = 0. Good ones take noise away, bad ones add
-# noise. p is a linear surrogate of the loss, made of measured slopes. (Backprop is the same chain rule, with the
-# derivative t'(z_j) for c_j / (2 e_j d).)
+# noise. p is a linear surrogate of the loss, made of measured slopes. (p_j / (2 e_j d) is what backprop has for s_j, if
+# its derivative t'(z_j) is replaced by c_j / (2 e_j d).)
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. For those of mutations, `es_slopes` takes 1.8 million
-# multiplications, where a forward pass takes 0.67 million. H hidden layers of m units need 2 ((H - 1) m / k + m +
-# classes) losses, and multiplications that grow as H m^2 + H^2 m^3 / k.
+# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. H hidden layers of m units need 2 ((H - 1) m / k + m
+# + classes). The multiplications for them grow as H m^2 + H^2 m^3 / k, if only what a mutation changes is computed
+# again.
 
 
 @_ieee()
@@ -468,7 +472,7 @@ def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, tas
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
     parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
     tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
-    # Of each task: lists of h and of s. Of each layer: h and s of all examples.
+    # Of each task, two lists: h and s of each layer. Then two lists of the layers: h and s of all examples.
     found = mapped(measure, tasks, workers, map_tasks)
     outputs, slopes = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
     slopes = [weights[:, None] * s for s in slopes]
@@ -540,7 +544,7 @@ def mapped(function, tasks, workers=None, map_tasks=map):
 
 @_ieee()
 def _work(function, tasks):
-    """The results of a list of tasks, and where they were found: train.py warns of a machine that has other bits."""
+    """What a worker does -> its machine's name, for train.py to warn of other bits there, and the results."""
     return platform.node(), [function(**{name: _in_order(value) for name, value in task.items()}) for task in tasks]
 
 
@@ -611,12 +615,11 @@ def leaves(tree):
 # --- The CPU's flags --------------------------------------------------------------------------------------------------
 #
 # What the bits of results depend on: the values of the arguments; in products, how the CPU and its BLAS add up, the
-# number of BLAS threads (one is the fastest for the work of a pool) and, by a rounding, the other examples of the
-# batch; in `cross_entropy`, the memory order of the logits, in which NumPy adds up. They do not depend on the memory
-# order of other arrays or on where they lie, on `np.seterr`, or on the mode of the thread, which another library may
-# have made flush; all these are left as they are. Two things cannot be helped: threads of a BLAS that were started
-# while the CPU flushed go on flushing in products, and on a platform that is not in the table below, a flush that is on
-# stays on.
+# number of BLAS threads (one is the fastest for the work of a pool) and the size of the batch, each by a rounding; in
+# `cross_entropy`, the memory order of the logits, in which NumPy adds up. They do not depend on the memory order of
+# other arrays or on where they lie, on `np.seterr`, or on the mode of the thread, which another library may have made
+# flush; all these are left as they are. Two things cannot be helped: threads of a BLAS that were started while the CPU
+# flushed go on flushing in products, and on a platform that is not in the table below, a flush that is on stays on.
 
 
 class hardware_ftz:
