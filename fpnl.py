@@ -16,8 +16,7 @@ below 1/2, b2 / S and b3 / S are 0: those biases do not act, but the addition of
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-for all z but 0.49999997, the float32 below 1/2, and its negative. In the first layer, z / S is flushed then. In the
-others it is the quotient in the product, which IEEE arithmetic rounds up to TINY: so h is 1/2 there, and not 0.
+(In the later layers this t ends one float32 earlier, see `activations`.)
 
 Usage, for any depth:
 
@@ -150,11 +149,11 @@ def divide(a, b, daz=True, tininess="after"):
 #
 # Tininess "after" rounding asks whether x is below TINY once it has been rounded to 24 significant bits. The largest
 # such number below TINY is TINY - 2^-150; from half way between the two, TINY - 2^-151, x is rounded to TINY and is not
-# tiny. What is not flushed is the IEEE result. If x is from LEAST to TINY, the IEEE result is TINY.
+# tiny. Any result that is not flushed is the IEEE result. (From LEAST to TINY, x is rounded to TINY.)
 #
-# float64 can decide whether |x| < LEAST. It has products, and sums near TINY, exactly. It rounds quotients, by 2^-53 of
-# them; but no quotient of two float32 lies between (1 - 2^-24) TINY, which is TINY - 2^-150, and TINY. Nor does a sum:
-# so "after" and "before" differ on `multiply` alone.
+# float64 can decide whether |x| < LEAST. Products, and sums near TINY, are exact in it. Quotients are rounded, by a
+# relative 2^-53 at most. But no quotient of two float32 lies between TINY - 2^-150 and TINY, so that none is rounded
+# from one side of LEAST to the other. No sum lies there, either: "after" and "before" differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -197,7 +196,7 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """h = u S of every layer, [n, width] each; the last are the logits. Arguments and errors: see `forward`."""
-    # ts is used with a transfer only: that of hidden layers, and none for the logits.
+    # ts: functions of the layers' sums. Used if there is a transfer: that, and np.positive for the logits.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
     # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
@@ -205,9 +204,9 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # h @ W / S is u @ W, as S is a power of two, but rounds what is subnormal once; u @ W would in each of its
-        # terms and partial sums. And it multiplies no subnormals, which takes 200 times as long on one CPU (not on an
-        # AMD EPYC, Zen 3).
+        # h @ W / S is u @ W, as S is a power of two, but is rounded once where it is subnormal, and multiplies no
+        # subnormals: that takes 200 times as long on one CPU (not on an AMD EPYC, Zen 3). As it is not flushed, the
+        # float32 below 1/2, z = 0.49999997, is rounded up, z / S to TINY, and h is 1/2.
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -258,7 +257,7 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #         r = L+ - L-          one number for the block
 #         c_j = h+_j - h-_j    how far the unit's own output moves
 #         s_j = r / (2 e_j d)  the slope of L along z_j; but 0 where c_j = 0, and where d = 0
-#     dV = a^T s               the outer product [fan_in + 1, width]: dW, and in its last row db
+#     dV = a^T s               the slope along V, as z is linear in it: [fan_in + 1, width], dW and in the last row db
 #
 # The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
 # `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
@@ -271,7 +270,7 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # calls this node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
-# add to r is noise. In the last two layers k = 1: there the logits are all that a mutation leaves to compute.
+# add to r is noise. In the last two layers k = 1, as members are cheap: a row of weights is all between unit and logits.
 #
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
@@ -299,9 +298,9 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # noise. p is a linear surrogate of the loss, made of measured slopes. (p_j / (2 e_j d) is what backprop has for s_j, if
 # its derivative t'(z_j) is replaced by c_j / (2 e_j d).)
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here. H hidden layers of m units need 2 ((H - 1) m / k + m
-# + classes). The multiplications for them grow as H m^2 + H^2 m^3 / k, if only what a mutation changes is computed
-# again.
+# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here; with H hidden layers of m units, 2 (H - 1) m / k + 2
+# m + 2 classes. If only what a mutation changes is computed again, they take about 2 (H - 1) m^2 (1 + classes / k) + (H
+# - 1) (H - 2) m^3 / k multiplications: 1.8 million here.
 
 
 @_ieee()
@@ -386,8 +385,8 @@ def _member_losses(change, k, z, layers, labels, losses):
     """L of all members of a layer and of their mirror images, [2, blocks, n].
 
     change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
-    without mutations. layers : (W, b, t) of the next layer and of all above it. (Of the logits, `es_slopes` gives
-    `identity` as the next layer.)
+    without mutations. layers : (W, b, t) of the next layer and of all above it. (For the logits' own layer, that is
+    `identity` of `es_slopes`.)
     """
     (W, _, t), *above = layers
     n, classes = z.shape[1], layers[-1][0].shape[1]
@@ -411,8 +410,8 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     """What ES measures: the slope s of each example's loss along the sums of each layer.
 
     The same slopes as in `es_gradient_plain`, but for rounding: z + d here, a @ (V + mutation) there. So sigma |a|
-    should be far above the rounding of z, and a unit whose sum is at the edge of the dead zone may be 0 in one of the
-    two and not in the other: so it is for z = 0.49999997 in later layers (see the beginning), which here is 0.
+    should be far above the rounding of z; and a unit whose sum is at the edge of the dead zone may be 0 in one of the
+    two and live in the other. 0.49999997 is 0 here, in all layers.
 
     Parameters
     ----------
@@ -439,9 +438,9 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
         d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
-        # What is one number for a block is repeated for its units: r is [width, n].
         h = layers[l][2](z[l][:, None] + np.stack([e * d, -e * d], axis=1))
         L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
+        # [width, n]: what is one number for a block is repeated for each of its units.
         r, c = np.repeat(L[0] - L[1], k, axis=0)[: len(e)], h[:, 0] - h[:, 1]
         if control_variate and k > 1:
             p = c * (params[l + 1][0] @ s[l + 1])
@@ -468,13 +467,14 @@ def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, tas
     list of (dW, db), and the logits [n, classes].
     """
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # How many tasks: an even number, so that none has more than `task` rows; but one for task / 2 rows or fewer.
+    # The least even number of tasks with at most `task` rows each (or one a row); but one task for task / 2 rows or
+    # fewer.
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
     parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
     tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
-    # Of each task, two lists: h and s of each layer. Then two lists of the layers: h and s of all examples.
+    # found[task][0][l] is h of layer l, found[task][1][l] is s.
     found = mapped(measure, tasks, workers, map_tasks)
-    outputs, slopes = ([np.concatenate(of_layer) for of_layer in zip(*lists)] for lists in zip(*found))
+    outputs, slopes = ([np.concatenate([of[i][l] for of in found]) for l in range(len(params))] for i in (0, 1))
     slopes = [weights[:, None] * s for s in slopes]
     return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], slopes))], outputs[-1]
 
@@ -484,8 +484,8 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entrop
                 task=32, workers=None, map_tasks=map, return_losses=False, **net):  # fmt: skip
     """The gradient of the mean loss, as evolution strategies see it: ready for descent.
 
-    From losses and activations of the network and its mutations alone; with the control variate, from the weights above
-    a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
+    All that it uses are losses and activations of the network and its mutations; with the control variate, the weights
+    above a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
 
     Parameters
     ----------
@@ -544,7 +544,7 @@ def mapped(function, tasks, workers=None, map_tasks=map):
 
 @_ieee()
 def _work(function, tasks):
-    """What a worker does -> its machine's name, for train.py to warn of other bits there, and the results."""
+    """The results, after this machine's name: train.py looks at both, and warns of a machine whose results differ."""
     return platform.node(), [function(**{name: _in_order(value) for name, value in task.items()}) for task in tasks]
 
 
@@ -614,12 +614,13 @@ def leaves(tree):
 
 # --- The CPU's flags --------------------------------------------------------------------------------------------------
 #
-# What the bits of results depend on: the values of the arguments; in products, how the CPU and its BLAS add up, the
-# number of BLAS threads (one is the fastest for the work of a pool) and the size of the batch, each by a rounding; in
-# `cross_entropy`, the memory order of the logits, in which NumPy adds up. They do not depend on the memory order of
-# other arrays or on where they lie, on `np.seterr`, or on the mode of the thread, which another library may have made
-# flush; all these are left as they are. Two things cannot be helped: threads of a BLAS that were started while the CPU
-# flushed go on flushing in products, and on a platform that is not in the table below, a flush that is on stays on.
+# What the bits of results depend on: the values of the arguments. In products also, by a rounding, on how the CPU and
+# its BLAS add up, on the number of BLAS threads (one is the fastest for the work of a pool) and on the size of the
+# batch. In `cross_entropy` also on the memory order of the logits, in which NumPy adds up. They do not depend on the
+# memory order of other arrays or on where they lie, nor on `np.seterr` and the mode of the thread, which another
+# library may have made flush; a function leaves both as they were. Two things cannot be helped: threads of a BLAS that
+# were started while the CPU flushed go on flushing in products, and on a platform that is not in the table below, a
+# flush that is on stays on.
 
 
 class hardware_ftz:
@@ -666,7 +667,7 @@ class hardware_ftz:
 # Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t. System,
 # machine, bytes of a pointer: library (of Linux: glibc); index of the register among the 32-bit words; its bits for no
 # flush, for operands alone (DAZ), for results alone (FTZ), and for both. FPCR has one bit, for both: who asks for one
-# of them alone is refused, as the effect is another. On Windows, the bits for results alone are all that there are.
+# of them alone is refused, as the effect is another. The largest number is the mask of all bits.
 _FENV = {
     ("Linux", "x86_64", 8): ("libm.so.6", 7, (0, 0x0040, 0x8000, 0x8040)),
     ("Linux", "aarch64", 8): ("libm.so.6", 0, (0, 0, 0, 1 << 24)),
@@ -716,7 +717,7 @@ def _look_at_the_effect(ftz, daz):
     _require(effect == (ftz, daz), "hardware_ftz: unknown platform: FTZ, DAZ", (ftz, daz), found, RuntimeError)
 
 
-# --- Checks: what passes one is what is computed with -----------------------------------------------------------------
+# --- Checks: each raises, or returns what is computed with ------------------------------------------------------------
 
 
 def _require(holds, name, expected, found, error=ValueError):
@@ -761,7 +762,7 @@ def _of_layers(signs, params):
 
 
 def _network(params, x, ftz=True, scale=SCALE, transfer=None):
-    """Checked: params, x, t of each layer, which may overwrite its argument, and in how many layers the biases act."""
+    """Checked: params, x; ts, functions that may overwrite the sums they get; in how many layers the biases act."""
     x, layers = _float32(x, "x"), []
     # If x has another shape, no W fits.
     width = x.shape[1] if x.ndim == 2 else f"shape {x.shape}"
@@ -777,6 +778,7 @@ def _network(params, x, ftz=True, scale=SCALE, transfer=None):
     if transfer is None:
         ts = [functools.partial(_dead_zone, ftz=ftz, scale=float32(scale))] * len(layers)
         return _in_order(layers), _in_order(x), ts, 1 if ftz else len(layers)
+    # What is no function is no float32, either.
     h = transfer(np.zeros((1, 1), float32)) if callable(transfer) else transfer
     _require(_float32(h, "transfer's result").shape == (1, 1), "transfer", "a result of its argument's shape", h)
     return _in_order(layers), _in_order(x), [transfer] * (len(layers) - 1) + [np.positive], len(layers)
