@@ -270,7 +270,8 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # calls this node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
-# add to r is noise. In the last two layers k = 1, as members are cheap: a row of weights is all between unit and logits.
+# add to r is noise. In the last two layers k = 1, as members are cheap: one row of weights leads from a unit to the
+# logits.
 #
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
