@@ -16,7 +16,7 @@ below 1/2, b2 / S and b3 / S are 0: those biases do not act, but the addition of
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-(In the later layers this t ends one float32 earlier, see `activations`.)
+(In all layers but the first, 0.49999997, the float32 below 1/2, gives 1/2 and not 0: see `activations`.)
 
 Usage, for any depth:
 
@@ -152,8 +152,9 @@ def divide(a, b, daz=True, tininess="after"):
 # tiny. Any result that is not flushed is the IEEE result. (From LEAST to TINY, x is rounded to TINY.)
 #
 # float64 can decide whether |x| < LEAST. Products, and sums near TINY, are exact in it. Quotients are rounded, by a
-# relative 2^-53 at most. But no quotient of two float32 lies between TINY - 2^-150 and TINY, so that none is rounded
-# from one side of LEAST to the other. No sum lies there, either: "after" and "before" differ on `multiply` alone.
+# relative 2^-53 at most, but not from one side of LEAST to the other: no quotient of two float32 is between TINY -
+# 2^-150 and TINY, as one of 24-bit integers, if it is below 1, is at most 1 - 2^-24. No sum of two float32 is there,
+# either. So "after" and "before" differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -180,7 +181,6 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     ftz : True, every operation but the product flushes its operands and its result; "hardware", the CPU's own flags do
         that, with the same bits (compared on Linux x86-64); False, the same operations with gradual underflow: the
         network is linear up to rounding. Either `tininess` of `add` would give the same bits.
-
     scale : S, a float32 power of two from 1 to 2^127; the dead zones end at |z| = S TINY.
     transfer : for comparison, an ordinary network without S and flush, whose hidden units have this function of an
         array of sums (float32 to float32, elementwise) and whose logits are linear.
@@ -196,7 +196,7 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """h = u S of every layer, [n, width] each; the last are the logits. Arguments and errors: see `forward`."""
-    # ts: functions of the layers' sums. Used if there is a transfer: that, and np.positive for the logits.
+    # ts: if there is a transfer, it is what each hidden layer makes of its sums; the logits' layer has np.positive.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
     # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
@@ -204,9 +204,9 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # h @ W / S is u @ W, as S is a power of two, but is rounded once where it is subnormal, and multiplies no
-        # subnormals: that takes 200 times as long on one CPU (not on an AMD EPYC, Zen 3). As it is not flushed, the
-        # float32 below 1/2, z = 0.49999997, is rounded up, z / S to TINY, and h is 1/2.
+        # h @ W / S is u @ W, as S is a power of two. But it is rounded once where it is subnormal, u @ W in each term
+        # and partial sum; and subnormals take 200 times as long on one CPU (not on an AMD EPYC, Zen 3). This division
+        # does not flush. So, if h @ W is 0.49999997, the quotient, TINY - 2^-150, is rounded to TINY, and h is 1/2.
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
@@ -299,9 +299,10 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # noise. p is a linear surrogate of the loss, made of measured slopes. (p_j / (2 e_j d) is what backprop has for s_j, if
 # its derivative t'(z_j) is replaced by c_j / (2 e_j d).)
 #
-# THE COST. 2 (512 / 4 + 512 + 10) = 1,300 losses an example here; with H hidden layers of m units, 2 (H - 1) m / k + 2
-# m + 2 classes. If only what a mutation changes is computed again, they take about 2 (H - 1) m^2 (1 + classes / k) + (H
-# - 1) (H - 2) m^3 / k multiplications: 1.8 million here.
+# THE COST of an example, with H hidden layers of m units, if only what a mutation changes is computed again:
+#
+#     2 ((H - 1) m / k + m + classes)                              losses: 2 (512 / 4 + 512 + 10) = 1,300 here
+#     2 (H - 1) m^2 (1 + classes / k) + (H - 1) (H - 2) m^3 / k    multiplications, about: 1.8 million here
 
 
 @_ieee()
@@ -313,9 +314,8 @@ def es_gradient_plain(
     Arguments and results are those of `es_gradient`, below. `losses` is the loss of each example: logits [..., n,
     classes] and labels -> [..., n]. `net` are ftz, scale and transfer, as in `forward`.
     """
-    # w: the weights, or 1 / n.
+    # w: the weights, or 1 / n; signs: [width, n] of each layer.
     params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
-    # [width, n] of each layer.
     signs = _of_layers(mutation_signs(rng, params, len(x)), params)
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]
     for i in range(len(x)):
@@ -386,8 +386,8 @@ def _member_losses(change, k, z, layers, labels, losses):
     """L of all members of a layer and of their mirror images, [2, blocks, n].
 
     change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
-    without mutations. layers : (W, b, t) of the next layer and of all above it. (For the logits' own layer, that is
-    `identity` of `es_slopes`.)
+    without mutations. layers : (W, b, t) of the next layer and of all above it. (For members of the
+    logits' layer, `es_slopes` puts one more above it, whose sums are the logits.)
     """
     (W, _, t), *above = layers
     n, classes = z.shape[1], layers[-1][0].shape[1]
@@ -468,8 +468,8 @@ def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, tas
     list of (dW, db), and the logits [n, classes].
     """
     x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # The least even number of tasks with at most `task` rows each (or one a row); but one task for task / 2 rows or
-    # fewer.
+    # The least even number of tasks that have at most `task` rows each. But task / 2 rows or fewer are one task, and no
+    # task is empty.
     count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
     parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
     tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
@@ -483,7 +483,7 @@ def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, tas
 @_ieee()
 def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entropy, control_variate=False, weights=None,
                 task=32, workers=None, map_tasks=map, return_losses=False, **net):  # fmt: skip
-    """The gradient of the mean loss, as evolution strategies see it: ready for descent.
+    """The gradient of the mean loss, as evolution strategies see it (s in the place of derivatives): for descent.
 
     All that it uses are losses and activations of the network and its mutations; with the control variate, the weights
     above a mutation too. What it estimates is in the comment above, what it computes in `es_gradient_plain`.
@@ -545,7 +545,7 @@ def mapped(function, tasks, workers=None, map_tasks=map):
 
 @_ieee()
 def _work(function, tasks):
-    """The results, after this machine's name: train.py looks at both, and warns of a machine whose results differ."""
+    """A pair: this machine's name, for a `map_tasks` that wants to know, as train.py's does; and the results."""
     return platform.node(), [function(**{name: _in_order(value) for name, value in task.items()}) for task in tasks]
 
 
@@ -615,13 +615,13 @@ def leaves(tree):
 
 # --- The CPU's flags --------------------------------------------------------------------------------------------------
 #
-# What the bits of results depend on: the values of the arguments. In products also, by a rounding, on how the CPU and
-# its BLAS add up, on the number of BLAS threads (one is the fastest for the work of a pool) and on the size of the
-# batch. In `cross_entropy` also on the memory order of the logits, in which NumPy adds up. They do not depend on the
-# memory order of other arrays or on where they lie, nor on `np.seterr` and the mode of the thread, which another
-# library may have made flush; a function leaves both as they were. Two things cannot be helped: threads of a BLAS that
-# were started while the CPU flushed go on flushing in products, and on a platform that is not in the table below, a
-# flush that is on stays on.
+# What the bits of results depend on, in all of this file: on the values of the arguments. Those of products depend, in
+# the last places, also on how the CPU and its BLAS add up, on the number of BLAS threads (one is the fastest for the
+# work of a pool) and on the size of the batch; those of `cross_entropy` also on the memory order of the logits, as
+# NumPy adds up in that order. No bits depend on the memory order of other arrays or on where they lie, on `np.seterr`,
+# or on the mode of the thread, which another library may have made flush; a function leaves the last two as they were.
+# Two things cannot be helped: threads of a BLAS that were started while the CPU flushed go on flushing in products, and
+# on a platform that `_fpu_control` does not know, a flush that is on stays on.
 
 
 class hardware_ftz:
@@ -665,10 +665,12 @@ class hardware_ftz:
         _fpu_control()[1](self.before.pop())
 
 
-# Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t. System,
-# machine, bytes of a pointer: library (of Linux: glibc); index of the register among the 32-bit words; its bits for no
-# flush, for operands alone (DAZ), for results alone (FTZ), and for both. FPCR has one bit, for both: who asks for one
-# of them alone is refused, as the effect is another. The largest number is the mask of all bits.
+# Where the C library keeps the control register of the floating-point unit, MXCSR or FPCR, in its fenv_t:
+#
+#     (system, machine, bytes of a pointer): (library, glibc's on Linux; index of the register among the 32-bit words;
+#         (its bits for no flush, for operands alone (DAZ), for results alone (FTZ), for both))
+#
+# FPCR has one bit for both, and 0 stands for either alone: `_look_at_the_effect` refuses that.
 _FENV = {
     ("Linux", "x86_64", 8): ("libm.so.6", 7, (0, 0x0040, 0x8000, 0x8040)),
     ("Linux", "aarch64", 8): ("libm.so.6", 0, (0, 0, 0, 1 << 24)),
@@ -700,6 +702,7 @@ def _switch(ftz, daz):
     read, write, register, bits = _fpu_control()
     read(before := (ctypes.c_uint32 * 8)())
     env = type(before).from_buffer_copy(before)
+    # The largest of the numbers has all the bits.
     env[register] = before[register] & ~max(bits) | bits[2 * ftz + daz]
     write(env)
     return before
@@ -765,7 +768,7 @@ def _of_layers(signs, params):
 def _network(params, x, ftz=True, scale=SCALE, transfer=None):
     """Checked: params, x; ts, functions that may overwrite the sums they get; in how many layers the biases act."""
     x, layers = _float32(x, "x"), []
-    # If x has another shape, no W fits.
+    # A width that is a text fits no W, and the error says what x is.
     width = x.shape[1] if x.ndim == 2 else f"shape {x.shape}"
     _require(len(params) > 0, "params", "[(W, b), ...], a pair a layer", params)
     for i, (W, b) in enumerate(params, 1):
@@ -779,8 +782,7 @@ def _network(params, x, ftz=True, scale=SCALE, transfer=None):
     if transfer is None:
         ts = [functools.partial(_dead_zone, ftz=ftz, scale=float32(scale))] * len(layers)
         return _in_order(layers), _in_order(x), ts, 1 if ftz else len(layers)
-    # What is no function is no float32, either.
-    h = transfer(np.zeros((1, 1), float32)) if callable(transfer) else transfer
+    h = transfer(np.zeros((1, 1), float32)) if callable(transfer) else repr(transfer)
     _require(_float32(h, "transfer's result").shape == (1, 1), "transfer", "a result of its argument's shape", h)
     return _in_order(layers), _in_order(x), [transfer] * (len(layers) - 1) + [np.positive], len(layers)
 
