@@ -394,7 +394,7 @@ def _member_losses(change, k, z, layers, labels, losses):
     # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
     change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
     # As many blocks at once as the cache holds, which saves a tenth of the time.
-    some, found = max(1, (1 << 19) // (max(len(z), classes) * 2 * n)), []
+    some, found = max(1, (1 << 20) // (max(len(z), classes) * 2 * n)), []
     for i in range(0, len(W), some):
         # [some, next width, 2 n], then [some, classes, 2 n].
         h = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
