@@ -1083,6 +1083,26 @@ def test_whatever_maps_the_bits_are_the_same():
     assert_same_params(gradient(RNG(0), map_tasks=backwards), expected[0])
 
 
+@needs_hardware
+def test_threads_of_a_pool_that_began_while_another_flushed():
+    """They flush for life; what is mapped does not, a function of the user's own neither, and AdamW in them."""
+    params, x, labels = example(n=67)
+    gradient = functools.partial(fpnl.es_gradient, params, x, labels, control_variate=True)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with fpnl.hardware_ftz():
+            barrier = threading.Barrier(2)
+            assert [*pool.map(lambda _: barrier.wait(10) in (0, 1), range(2))] == [True, True]
+        assert [*pool.map(lambda _: barrier.wait(10) in (0, 1) and flags(), range(2))] == [(True, True)] * 2
+        assert_same_params(gradient(RNG(0), map_tasks=pool.map), gradient(RNG(0)))
+        assert fpnl.mapped(flags, [{}, {}], map_tasks=pool.map) == [(False, False)] * 2
+        state = [np.full(3, 2.0**e, np.float32) for e in (-120, -63, -130, -140)]
+        expected = [a.copy() for a in state]
+        fpnl.adamw(*expected, step=1, lr=1e-3)
+        pool.submit(fpnl.adamw, *state, step=1, lr=1e-3).result()
+        for a, b in zip(state, expected):
+            assert_same_bits(a, b)
+
+
 def test_work_is_cut_into_equal_tasks_and_a_list_for_each_worker():
     """The weights of the network travel once a list, no example twice, and whoever gets a list needs fpnl alone."""
     params, x, labels = example((12, 40, 9, 5), n=70)
