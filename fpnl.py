@@ -394,7 +394,7 @@ def _member_losses(change, k, z, layers, labels, losses):
     # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
     change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
     # As many blocks at once as the cache holds, which saves a tenth of the time.
-    some, found = max(1, (1 << 20) // (max(len(z), classes) * 2 * n)), []
+    some, found = max(1, (5 << 17) // (max(len(z), classes) * 2 * n)), []
     for i in range(0, len(W), some):
         # [some, next width, 2 n], then [some, classes, 2 n].
         h = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
@@ -439,15 +439,15 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
         d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
-        h = layers[l][2](z[l][:, None] + np.stack([e * d, -e * d], axis=1))
+        h = layers[l][2](np.stack([z[l] + e * d, z[l] - e * d], axis=1))
         L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
-        # [width, n]: what is one number for a block is repeated for each of its units.
-        r, c = np.repeat(L[0] - L[1], k, axis=0)[: len(e)], h[:, 0] - h[:, 1]
+        r, c, p = L[0] - L[1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and k > 1:
             p = c * (params[l + 1][0] @ s[l + 1])
-            r -= np.repeat(_blocks(p, k).sum(axis=1), k, axis=0)[: len(e)] - p
-        # Where d is 0, c is 0, and so is s.
-        s[l] = r * (c != 0) * (e * (0.5 / np.maximum(d, TINY)))
+            r -= _blocks(p, k).sum(axis=1)
+        # [width, n]: what is one number for a block is repeated for each of its units. From r all p_i of the block have
+        # been subtracted, so a unit's own is added. Where d is 0, c is 0, and so is s.
+        s[l] = (np.repeat(r, k, axis=0)[: len(e)] + p) * (c != 0) * (e * (0.5 / np.maximum(d, TINY)))
     return [h.T for h in a[1:]], [s[l].T for l in range(len(params))]
 
 
