@@ -60,7 +60,10 @@ def in_turn(*functions, rounds=None):
     who comes later finds what they share in the cache."""
     for function in functions:
         function()
-    found = [[seconds(f) for f in functions[:: 1 - 2 * (i % 2)]][:: 1 - 2 * (i % 2)] for i in range(rounds or ROUNDS)]
+    found = []
+    for i in range(rounds or ROUNDS):
+        order = slice(None, None, -1 if i % 2 else 1)
+        found.append([seconds(function) for function in functions[order]][order])
     return list(zip(*found))
 
 
