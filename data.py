@@ -200,8 +200,8 @@ def load_weights(path):
     content = io.BytesIO(pathlib.Path(path).read_bytes())
     try:
         with np.load(content, allow_pickle=False) as file:
-            if damaged := file.zip.testzip():
-                raise ValueError(f"{damaged} damaged")
+            if damaged := file.zip.testzip() or [n for n in file.files if file.files.count(n) > 1]:
+                raise ValueError(f"{damaged} damaged, or more than once")
             arrays = {name: file[name] for name in file.files}
         settings = dict(json.loads(str(arrays.pop("settings", "{}"))))
         trees, count = ["", "m", "v"] if "step" in arrays else [""], sum(name[:1] == "W" for name in arrays)
@@ -212,7 +212,7 @@ def load_weights(path):
         if wrong := arrays.keys() ^ shapes.keys() ^ ({"step", "seconds"} if trees[1:] else set()):
             raise ValueError(f"{', '.join(sorted(wrong))} missing or left over in a network of {sizes}")
         for name, shape in shapes.items():
-            if not ((a := arrays[name]).dtype == np.float32 and a.shape == shape and np.isfinite(a).all()):
+            if not ((a := arrays[name]).dtype == np.float32 and a.size and a.shape == shape and np.isfinite(a).all()):
                 raise ValueError(f"{name} {a.dtype} {a.shape}, not finite float32 {shape}")
     except Exception as error:  # whatever NumPy and zipfile raise
         raise ValueError(f"{path}: expected whole weights as --save writes them, found {error or 'others'}") from error
@@ -225,7 +225,8 @@ def load_run(path):
     params, others = load_weights(path)
     with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
         step, seconds, settings = int(others["step"]), float(others["seconds"]), others.pop("settings")
-        if 0 <= step <= settings["steps"] and 0 <= seconds < math.inf and settings["hidden"] == settings["sizes"][1:-1]:
+        good = settings["hidden"] == settings["sizes"][1:-1] and settings["control_variate"] in (True, False)
+        if good and 0 <= step <= settings["steps"] and 0 <= seconds < math.inf:
             return others | {"params": params, "step": step, "seconds": seconds}, settings
     raise ValueError(f"{path}: expected a run of train.py, found what is of use for --evaluate")
 

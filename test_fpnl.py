@@ -2751,6 +2751,7 @@ WHOLE = "expected whole weights as --save writes them, found "
         ({"W2": np.zeros((23, 24), "f")}, WHOLE + "W2 float32 (23, 24), not finite float32 (24, 24)"),
         ({"b3": np.full(10, np.nan, "f")}, WHOLE + "b3 float32 (10,), not finite"),
         ({"W1": np.array([{}], object)}, WHOLE + "Object arrays cannot be loaded"),
+        ({"W3": np.zeros((24, 0), "f"), "b3": np.zeros(0, "f"), "settings": None}, WHOLE + "W3 float32 (24, 0), not fin"),
         ({"mb3": np.zeros(3, "f")}, WHOLE + "mb3 float32 (3,), not finite float32 (10,)"),
         ({"vW2": np.full((24, 24), np.nan, "f")}, WHOLE + "vW2 float32 (24, 24), not finite"),
         ({"step": -1}, NO_RUN),
@@ -2818,6 +2819,21 @@ def test_mutated_archives_load_exactly_or_not_at_all(tmp_path, count):
             assert_same_params(tree, params)
         assert others["settings"] == settings and (others["step"], others["seconds"]) == (3, 1.5)
     assert 0.1 * count < loaded < 0.9 * count
+
+
+@pytest.mark.parametrize("names", [("W1.npy", "W1.npy"), ("W1", "W1.npy")])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_array_that_is_there_more_than_once(tmp_path, names):
+    path, array = tmp_path / "w.npz", io.BytesIO()
+    np.save(array, np.ones((3, 2), "f"))
+    for written in (names[:1], names):
+        np.savez(path, b1=np.zeros(2, "f"))
+        with zipfile.ZipFile(path, "a") as file:
+            for name in written:
+                file.writestr(name, array.getvalue())
+        assert written == names or data.load_weights(path)[0][0][0].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"found \['W1', 'W1'\] damaged, or more than once"):
+        data.load_weights(path)
 
 
 @pytest.mark.parametrize("shape", [(1000, 1000), (10**6, 10**6), (10**15, 10)])
@@ -3281,7 +3297,8 @@ def test_settings_that_this_version_does_not_write_end_in_one_line(small, tmp_pa
         for options in (["--resume", path], ["--evaluate", path]):
             status, _, errors = call("--data", small[1], *options)
             evaluated = status == 0 and "--evaluate" in options
-            assert evaluated or status == 2 and re.fullmatch("train.py: error: .+\n", errors), (text[:400], errors)
+            found = re.fullmatch(rf"train.py: error: .*{re.escape(str(path))}.*\n", errors)
+            assert evaluated or status == 2 and found, (text[:400], errors)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -182,8 +182,6 @@ def thinned(gradient, s):
 def begin(args, method=es, transfer=None):
     """A run as the arguments say, fresh or resumed, of fpnl's network or one with another transfer."""
     sets = data.load(args.data, args.validation)
-    if args.batch > len(sets[0]):
-        raise ValueError(f"--batch: expected at most the {len(sets[0])} training images, found {args.batch}")
     s = argparse.Namespace(**FIXED, **{name: getattr(args, name) for name in OPTIONS})
     s.data, s.images, s.steps = data.checksum(sets), len(sets[0]), round(s.epochs * (len(sets[0]) // s.batch))
     s.hidden, s.sizes = [*s.hidden], [sets[0].shape[1], *s.hidden, 1 + int(max(sets[1].max(), sets[3].max()))]
@@ -194,6 +192,8 @@ def begin(args, method=es, transfer=None):
         if (expected := saved.get(name)) != (found := getattr(s, name, None)):
             option = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
             raise ValueError(f"{option}: expected {expected} as in {args.resume}, found {found}: it is fixed")
+    if s.batch > s.images:
+        raise ValueError(f"--batch: expected at most the {s.images} training images, found {s.batch}")
     net = {"ftz": FTZ[args.flush], "transfer": transfer}
     gradient = thinned(method(s, net), s) if s.dropout else method(s, net)
     state = args.state or {"params": fpnl.init(np.random.default_rng((s.seed, INIT)), s.sizes)}
@@ -437,9 +437,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     state, saved = data.load_run(args.resume) if args.resume else ({}, {})
     values = {k: v if k in ("hidden", "control_variate") else str(v) for k, v in saved.items() if k in OPTIONS}
-    parser.set_defaults(**values, flush="off" if saved.get("flush") == "off" else flush)
-    parser.set_defaults(**PRESETS.get(args.preset, {}), state=state, saved=saved)
-    args = parser.parse_args(argv)
+    parser.set_defaults(**values | PRESETS.get(args.preset, {}), flush="off" if saved.get("flush") == "off" else flush)
+    # What is refused only now is a setting of the file.
+    parser.error = lambda says: fail(f"{args.resume}: {says}")
+    args = parser.parse_args(argv, argparse.Namespace(state=state, saved=saved))
     if args.scheduler and args.engine != "dask" or args.predict and not args.evaluate:
         fail("expected --engine dask beside --scheduler, and --evaluate beside --predict")
     if args.workers and (args.scheduler or args.engine == "mpi"):
