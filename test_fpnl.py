@@ -2751,7 +2751,7 @@ WHOLE = "expected whole weights as --save writes them, found "
         ({"W2": np.zeros((23, 24), "f")}, WHOLE + "W2 float32 (23, 24), not finite float32 (24, 24)"),
         ({"b3": np.full(10, np.nan, "f")}, WHOLE + "b3 float32 (10,), not finite"),
         ({"W1": np.array([{}], object)}, WHOLE + "Object arrays cannot be loaded"),
-        ({"W3": np.zeros((24, 0), "f"), "b3": np.zeros(0, "f"), "settings": None}, WHOLE + "W3 float32 (24, 0), not fin"),
+        ({"W3": np.zeros((24, 0), "f"), "b3": np.zeros(0, "f"), "settings": None}, WHOLE + "W3 float32 (24, 0), not"),
         ({"mb3": np.zeros(3, "f")}, WHOLE + "mb3 float32 (3,), not finite float32 (10,)"),
         ({"vW2": np.full((24, 24), np.nan, "f")}, WHOLE + "vW2 float32 (24, 24), not finite"),
         ({"step": -1}, NO_RUN),

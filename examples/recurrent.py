@@ -278,6 +278,7 @@ def parse_args(**others):
     add("folder", type=pathlib.Path, help="for logs and weights; those of an earlier run are replaced")
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", type=train.COUNT, default=3, metavar="N", help="0, 1, ... of them (default: 3)")
+    add("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
     add("--engine", choices=["threads", "mpi", "dask"], default="threads", help="what computes (default: threads)")
     add("--workers", type=train.COUNT, default=data.cores(), metavar="N", help="how many (default: all cores)")
     add("--reports", type=train.COUNT, default=15, metavar="N", help="rows of a table (default: 15)")
@@ -293,7 +294,7 @@ def parse_args(**others):
 def main():
     with train.command():
         args = parse_args()
-        sets = data.load(validation=args.validation)
+        sets = data.load(args.data, args.validation)
         if args.batch > len(sets[0]):
             raise ValueError(f"--batch: expected at most the {len(sets[0])} training images, found {args.batch}")
         try:

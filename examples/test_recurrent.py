@@ -174,6 +174,7 @@ def test_bad_options_are_one_line(tmp_path):
         ("--batch 70000", "--batch: expected at most the 60000 training images, found 70000"),
         ("--validation 59600", "--batch: expected at most the 400 training images, found 512"),
         ("--lr -1", "--lr"),
+        ("--data nowhere", "nowhere: expected a folder with the four files"),
     ):
         command = [sys.executable, "examples/recurrent.py", tmp_path / "runs", *options.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
