@@ -978,6 +978,22 @@ def test_the_dead_zone_is_the_scaling_of_the_network(ftz, exponent):
         assert_same_bits(t(x.copy()), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_its_formula_whatever_the_memory_order(smoothing):
+    """-sum_c y_c log softmax(o)_c; the logits stay as they are."""
+    logits, labels = 5 * RNG(0).standard_normal((3, 2, 7, 10), np.float32), RNG(1).integers(0, 10, 7)
+    o, y = logits.astype(float), np.eye(10)[labels] * (1 - smoothing) + smoothing / 10
+    expected = np.log(np.exp(o).sum(axis=-1)) - (y * o).sum(axis=-1)
+    found = fpnl.cross_entropy(logits, labels, smoothing)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for order in itertools.permutations(range(4)):
+        moved = np.ascontiguousarray(logits.transpose(order)).transpose(np.argsort(order))
+        before = moved.copy()
+        assert_same_bits(fpnl.cross_entropy(moved, labels, smoothing), found)
+        assert_same_bits(moved, before)
+
+
 def test_large_logits_do_not_overflow():
     params, x, labels = example()
     params[-1][0][:] *= 100
@@ -2639,7 +2655,7 @@ def test_resume_refuses_other_settings_by_name(small, tmp_path, call):
     refused("--flush: expected on", "--flush", "off")
     refused(r"--data: expected \d+", "--data", data.MNIST)
     assert "result: " in call("--data", small[1], "--resume", path, "--workers", 1, "--flush", "emulated")[1]
-    others = {"version": 1, "task": 64, "piece": 7, "mask": 1, "least": 0.1, "network": "tanh", "method": "backprop"}
+    others = {"version": 2, "task": 32, "piece": 7, "mask": 1, "least": 0.1, "network": "tanh", "method": "backprop"}
     for name, value in others.items():
         np.savez(path, **good | {"settings": json.dumps(json.loads(str(good["settings"])) | {name: value})})
         refused(f"{name}: expected {value}")

@@ -76,7 +76,7 @@ OPTIONS = {
 PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 # So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
 # each mask of dropout (mask); the least probability with which an image is measured; the version of all that.
-FIXED = {"version": 2, "task": 32, "piece": 256, "mask": 64, "least": 0.05}
+FIXED = {"version": 3, "task": 64, "piece": 256, "mask": 64, "least": 0.05}
 # Random streams of a seed.
 INIT, ORDER, DRAW = range(3)
 # As fpnl takes it.
@@ -117,25 +117,24 @@ def steps(run, map_pieces=map, **mapping):
     """
     s, first, (images, labels, *_) = run.settings, run.step, run.sets
 
-    def losses_of(x, y):
-        return fpnl.cross_entropy(run.outputs(run.params, x)[-1], y)
+    def losses_of(some):
+        return fpnl.cross_entropy(run.outputs(run.params, data.pixels(images[some]))[-1], labels[some])
 
     for step in range(first, s.steps + 1):
         epoch, place = divmod(step, s.images // s.batch)
         if place == 0 or step == first:
             order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(s.images)
         batch = order[place * s.batch : (place + 1) * s.batch]
-        x, y = data.pixels(images[batch]), labels[batch]
         rng = np.random.default_rng((s.seed, DRAW, step))
 
         losses, q = None, np.ones(s.batch, np.float32)
         if s.importance:
-            pieces = (np.array_split(rows, math.ceil(s.batch / s.piece)) for rows in (x, y))
-            losses = np.concatenate([*map_pieces(losses_of, *pieces)])
+            pieces = np.array_split(batch, math.ceil(s.batch / s.piece))
+            losses = np.concatenate([*map_pieces(losses_of, pieces)])
             q = np.clip(s.importance * -np.expm1(-losses), s.least, 1)
         drawn = np.flatnonzero(rng.random(s.batch) < q)
 
-        given = run.params, x[drawn], y[drawn], rng
+        given = run.params, data.pixels(images[batch[drawn]]), labels[batch[drawn]], rng
         how = {"weights": 1 / (q[drawn] * np.float32(s.batch)), "return_losses": True, **mapping}
         grads, measured = run.gradient(*given, **how) if len(drawn) else (zeros(run.params), losses)
 

@@ -16,6 +16,7 @@ here, and gates.py and linearized.py use them, too.
 import argparse
 import functools
 import itertools
+import math
 import os
 import pathlib
 import statistics
@@ -67,16 +68,22 @@ def gradient(settings, biases, slopes, params, x, labels, rng, weights, return_l
 
     slopes : a function of params, x and labels, which returns the outputs [n, width] of each layer, the last the
         logits, and the slopes [n, width] of each image's loss along its sums. More images are taken together than by
-        ES, whose products are larger.
+        ES, whose products are larger, and each task has a gradient of its own, so that workers share all products.
     """
-    rows = params, x, labels, np.zeros((len(x), 0), np.int8), weights, biases
-    measure = functools.partial(without_signs, slopes)
-    grads, logits = fpnl.gradient_from_slopes(measure, *rows, task=4 * settings.task, **mapping)
-    return grads, fpnl.cross_entropy(logits, labels, settings.smoothing)
+    count = min(len(x), 2 * math.ceil(len(x) / (8 * settings.task)))
+    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)))
+    tasks = [dict(zip(("params", "x", "labels", "weights"), (params, *part))) for part in parts]
+    found = fpnl.mapped(functools.partial(weighted, slopes, biases, settings.smoothing), tasks, **mapping)
+    grads, losses = zip(*found)
+    return [tuple(map(sum, zip(*layer))) for layer in zip(*grads)], np.concatenate(losses)
 
 
-def without_signs(slopes, params, x, labels, signs):
-    return slopes(params, x, labels)
+def weighted(slopes, biases, smoothing, params, x, labels, weights):
+    """Gradient of sum_i w_i L_i, and the losses."""
+    outputs, found = slopes(params, x, labels)
+    found = [weights[:, None] * s for s in found]
+    grads = [(a.T @ s, s.sum(axis=0) * (l < biases)) for l, (a, s) in enumerate(zip([x, *outputs], found))]
+    return grads, fpnl.cross_entropy(outputs[-1], labels, smoothing)
 
 
 def flattened(params):
