@@ -20,6 +20,7 @@ shows the noise. `against` is not run unless it is named.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -165,6 +166,7 @@ def step(options=""):
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
     runs = run, job(options), job(every, controls.backprop)
     es, sampled, reverse = in_turn(*(functools.partial(next, train.steps(each)) for each in runs))
+    reversed_, straights = in_turn(*backprop())
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
@@ -172,6 +174,39 @@ def step(options=""):
     print(f"  es_gradient_plain / es_gradient, an example  {ratio(plains, fasts) * len(x):8.0f}")
     print(f"  ES step / backprop step, all measured        {ratio(es, reverse):8.2f}")
     print(f"  the same, ES with importance sampling        {ratio(sampled, reverse):8.2f}")
+    print(f"  backprop step / straight down, {data.cores()} cores       {ratio(reversed_, straights):8.2f}")
+
+
+def backprop():
+    """Two functions that make a step of backprop with the dead zone, by all cores: that of peers.py's race, and a
+    forward pass, a backward pass and AdamW written straight down, where a share of the batch is a core's."""
+    _, method, _, options = controls.ROWS["deadzone"]
+    run, pool = train.begin(train.parse_args(options.split()), method), concurrent.futures.ThreadPoolExecutor()
+    (images, labels, *_), s, step = run.sets, run.settings, itertools.count(1)
+    params, *moments = (train.zeros(run.params) for _ in range(3))
+    for copy, a in zip(fpnl.leaves(params), fpnl.leaves(run.params)):
+        copy[:] = a
+
+    def share(batch):
+        x, y, ((W1, b1), (W2, b2), (W3, b3)) = data.pixels(images[batch]), labels[batch], params
+        z = x @ W1
+        h1 = controls.dead_zone(np.add(z, b1, out=z))
+        h2 = controls.dead_zone(h1 @ W2)
+        o = controls.dead_zone(h2 @ W3)
+        d3 = controls.softmax_error(o, y) * (o != 0) / np.float32(s.batch)
+        d2 = d3 @ W3.T * (h2 != 0)
+        d1 = d2 @ W2.T * (h1 != 0)
+        return [(x.T @ d1, d1.sum(axis=0)), (h1.T @ d2, np.zeros_like(b2)), (h2.T @ d3, np.zeros_like(b3))]
+
+    def straight():
+        n = next(step)
+        batch = np.random.default_rng(n).integers(0, s.images, s.batch)
+        found = pool.map(share, np.array_split(batch, data.cores()))
+        grads = [tuple(map(sum, zip(*layer))) for layer in zip(*found)]
+        fpnl.adamw(params, grads, *moments, n, s.lr, s.weight_decay)
+
+    loop = train.steps(run, pool.map, map_tasks=pool.map)
+    return functools.partial(next, loop), straight
 
 
 def parts(run):

@@ -43,17 +43,18 @@ MARKS = 0.80, 0.85, 0.90, 0.967, 0.975
 # --- Trainers: generators of functions that return weights [(W, b), ...], a step apart --------------------------------
 
 
-def loop(row, sets, options, seed, **_):
-    """A row of controls.py, by the loop of train.py."""
+def loop(row, sets, options, seed, **settings):
+    """A row of controls.py, by the loop of train.py, with other settings if there are some."""
     _, method, transfer, chosen = controls.ROWS[row]
-    args = train.parse_args([*chosen.split(), *options, "--seed", str(seed)])
+    given = [f"--{name.replace('_', '-')}={value:g}" for name, value in settings.items()]
+    args = train.parse_args([*chosen.split(), *given, *options, "--seed", str(seed)])
     run = train.begin(args, method, transfer)
     with train.engine(args) as (map_pieces, map_tasks, _, lists):
         for _ in train.steps(run, map_pieces, map_tasks=map_tasks, workers=lists):
             yield lambda: run.params
 
 
-def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
+def population(draw, sets, seed, members, sigma, lr, weight_decay, batch, **_):
     """g = E[(L(w + sigma e) - L(w - sigma e)) e] / (2 sigma) over pairs of members, a share of them a thread; AdamW."""
     rng, threads = np.random.default_rng(seed), data.cores()
     w = controls.flattened(fpnl.init(rng))
@@ -72,7 +73,7 @@ def population(draw, sets, seed, members, sigma, lr, decay, batch, **_):
             x, y = data.pixels(sets[0][images]), sets[1][images]
             pairs = [len(part) for part in np.array_split(np.arange(members // 2), threads)]
             g = sum(pool.map(functools.partial(share, x, y), pairs, rng.spawn(threads)))
-            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr, decay)
+            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr, weight_decay)
             yield lambda: controls.as_params(w, fpnl.SIZES)
 
 
@@ -88,7 +89,7 @@ def gaussians(rng, n):
     return rng.standard_normal(n, np.float32)
 
 
-def evosax(name, sets, seed, members, sigma, lr, decay, batch, **_):
+def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
     import jax
     import jax.numpy as jnp
     import optax
@@ -97,7 +98,7 @@ def evosax(name, sets, seed, members, sigma, lr, decay, batch, **_):
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=decay), **schedule)
+    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=weight_decay), **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
     @jax.jit
@@ -182,19 +183,21 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
     return t
 
 
-PEERS = {  # name of the log: row of the table, trainer, its settings; None: those that it has as a row of controls.py
-    "main": ("the main job", functools.partial(loop, "es"), None),
-    "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), None),
-    "deadzone-some": ("backprop, dead zone, importance sampling", functools.partial(loop, "deadzone-some"), None),
-    "signs": ("population ES, signs", functools.partial(population, random_signs), {}),
-    "signs-256": ("population ES, signs", functools.partial(population, random_signs), {"members": 256}),
-    "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), {}),
-    "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), {}),
-    "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), {"members": 128, "lr": 1e-2}),
-    "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), {"lr": 1e-2}),
-    "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), {"lr": 3}),
+POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
+EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
+BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "epochs": 6}
+PEERS = {  # name of the log: row of the table, trainer, its settings; of the main job, its own
+    "main": ("the main job", functools.partial(loop, "es"), {}),
+    "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), BACKPROP),
+    "deadzone-some": ("backprop, dead zone, importance sampling", functools.partial(loop, "deadzone-some"), BACKPROP),
+    "signs": ("population ES, signs", functools.partial(population, random_signs), POPULATION),
+    "signs-256": ("population ES, signs", functools.partial(population, random_signs), POPULATION | {"members": 256}),
+    "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), POPULATION),
+    "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), POPULATION),
+    "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), POPULATION | {"members": 128, "lr": 1e-2}),
+    "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), EVOTORCH),
+    "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), EVOTORCH | {"lr": 3}),
 }
-DEFAULTS = {"members": 64, "sigma": 0.02, "lr": 3e-3, "decay": 0, "batch": 256}  # evotorch has no decay
 
 
 # --- The race -----------------------------------------------------------------------------------------
@@ -228,20 +231,22 @@ def main():
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
     add("--seed", type=train.number(int, 0, math.inf), default=0)
-    kinds = {"members": train.COUNT, "batch": train.COUNT, "sigma": train.SIZE, "lr": train.SIZE, "decay": train.SIZE}
+    kinds = {name: train.COUNT for name in ("members", "batch")}
+    kinds |= {name: train.SIZE for name in ("sigma", "lr", "weight_decay", "epochs")}
     for name, kind in kinds.items():
-        add(f"--{name}", type=kind, nargs="+", help="instead of the settings chosen; several: all combinations")
+        says = "instead of the settings chosen; several: all combinations"
+        add(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=says)
     args = parser.parse_args()
     if odd := [n for n in args.members or [] if n % 2]:
         raise ValueError(f"--members: expected even numbers, for pairs, found {odd}")
     args.folder.mkdir(parents=True, exist_ok=True)
     *sets, images, labels = data.load(validation=args.validation)
-    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name)}
-    reached = {}
+    reached, ended = {}, {}
     for name in args.peers:
         says, trainer, chosen = PEERS[name]
-        for values in itertools.product(*given.values()) if chosen is not None else [()]:
-            settings = {} if chosen is None else DEFAULTS | chosen | dict(zip(given, values))
+        given = {option: values for option in chosen if (values := getattr(args, option))}
+        for values in itertools.product(*given.values()):
+            settings = chosen | dict(zip(given, values))
             label = ", ".join([says, *(f"{k} {v:g}" for k, v in settings.items())])
             options = ["--validation", str(args.validation)]
             steps = trainer(sets=sets, options=options, seed=args.seed, **settings)
@@ -251,11 +256,12 @@ def main():
                 rows = race(steps, args.seconds, images, labels, write)
             steps.close()
             reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
+            ended[label] = rows[-1][0]
             print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
     base = reached.get(PEERS["main"][0])
     print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>19.1%}" for mark in MARKS))
     for label, seconds in reached.items():
-        least = [("" if at < math.inf else "> ", min(at, args.seconds)) for at in seconds]
+        least = [("" if at < math.inf else "> ", min(at, ended[label])) for at in seconds]
         cells = [f"{more}{at:.1f}" for more, at in least]
         if base and max(base) < math.inf:
             cells = [f"{cell} ({more}{at / own:.3g}x)" for cell, (more, at), own in zip(cells, least, base)]
