@@ -323,7 +323,7 @@ def test_bits_do_not_depend_on_the_neighbours(op, daz, tininess):
 
 def test_products_of_a_gpu():
     """mul.rn.ftz.f32 on an NVIDIA H200, where the two rules differ and elsewhere: it flushes after rounding."""
-    rows = (ROOT / "docs" / "golden" / "nvidia-mul-ftz.csv").read_text().split("a,b,product\n")[1].split()
+    rows = (ROOT / "docs" / "golden" / "nvidia-mul-ftz.csv").read_text("utf-8").split("a,b,product\n")[1].split()
     a, b, product = from_bits([[int(value, 16) for value in row.split(",")] for row in rows]).T
     for mode in [(False, False), *[(True, True)] * HARDWARE]:
         with fpnl.hardware_ftz(*mode) if HARDWARE else contextlib.nullcontext():
@@ -1664,7 +1664,7 @@ def test_fpnl_alone_in_a_folder(tmp_path):
 
 
 def test_the_readmes_example(capsys):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
     exec(example, {})
     flushed, linear = map(float, capsys.readouterr().out.split())
     assert flushed > 0.9 and linear < 0.75
@@ -2153,15 +2153,15 @@ def test_until_test_stops_at_the_first_report_over_the_mark(slice_of_mnist, tmp_
     options = "--hidden 24 24 --batch 100 --epochs 2 --reports 5 --workers 1".split()
     command = ["--data", slice_of_mnist, *options, "--log", tmp_path / "w.csv"]
     run(*command)
-    scores = [row.split(",")[4] for row in (tmp_path / "w.csv").read_text().splitlines()[3:]]
+    scores = [row.split(",")[4] for row in (tmp_path / "w.csv").read_text("utf-8").splitlines()[3:]]
     mark = scores[3]
     first = scores.index(next(score for score in scores if float(score) >= float(mark)))
     done = run(*command, "--until-test", mark, "--quiet")
-    rows = (tmp_path / "w.csv").read_text().splitlines()[3:]
+    rows = (tmp_path / "w.csv").read_text("utf-8").splitlines()[3:]
     assert [row.split(",")[4] for row in rows] == scores[: first + 1] and first > 0
     assert result(done)[1] == pytest.approx(float(scores[first]), abs=5e-5)
     done = run(*command, "--epochs", 1.5, "--reports", 1, "--until-test", 1, check=False)
-    assert len((tmp_path / "w.csv").read_text().splitlines()) == 3 + 4  # twice an epoch, and to the end
+    assert len((tmp_path / "w.csv").read_text("utf-8").splitlines()) == 3 + 4  # twice an epoch, and to the end
     assert done.returncode == 1 and re.fullmatch(r"train.py: the accuracy ended at 0\.\d{4}, below 1\.0\n", done.stderr)
 
 
@@ -2245,7 +2245,7 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path, call, argumen
 
 def test_the_log_repeats_the_rows(slice_of_mnist, tmp_path, call):
     _, out, _ = call("--data", slice_of_mnist, *SHORT, "--reports", 2, "--log", tmp_path / "log.csv")
-    settings, comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    settings, comment, header, *rows = (tmp_path / "log.csv").read_text("utf-8").splitlines()
     settings = json.loads(settings.removeprefix("# "))
     assert comment.startswith("# Python ") and "NumPy" in comment
     assert (settings["sizes"], settings["method"], settings["seed"]) == ([784, 512, 512, 10], "es", 3)
@@ -2530,14 +2530,14 @@ def family(pid):
     """A process and all that descend from it."""
     yield pid
     for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        for child in (thread / "children").read_text().split():
+        for child in (thread / "children").read_text("utf-8").split():
             yield from family(int(child))
 
 
 def is_running(pid):
     """It may have ended and wait for its parent to look."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return pathlib.Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
@@ -2968,7 +2968,7 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(small, tmp_path, whole, wo
 def test_a_reader_of_the_log_that_goes_away(small, tmp_path, whole):
     os.mkfifo(tmp_path / "log")
     child = start(*small, "--quiet", "--log", tmp_path / "log", "--save", tmp_path / "w.npz")
-    with open(tmp_path / "log") as log:
+    with open(tmp_path / "log", encoding="utf-8") as log:
         assert [log.readline()[:2] for _ in range(4)] == ["# ", "# ", "ep", "0,"]
     out, errors = child.communicate(timeout=60)
     assert (child.returncode, out, errors) == (141, "", "")
@@ -3009,7 +3009,7 @@ def test_standard_streams_may_be_closed(small, tmp_path, closed):
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("stream", ["stdout", "log"])
 def test_output_that_finds_no_space_ends_in_one_line(small, stream):
-    with open("/dev/full" if stream == "stdout" else os.devnull, "w") as out:
+    with open("/dev/full" if stream == "stdout" else os.devnull, "w", encoding="utf-8") as out:
         child = start(*small, *["--log", "/dev/full"] * (stream == "log"), stdout=out)
         errors = child.communicate(timeout=60)[1]
     assert (child.returncode, errors) == (2, "train.py: error: [Errno 28] No space left on device\n")
@@ -3146,7 +3146,7 @@ def test_two_runs_that_save_to_one_name_do_not_meet(tmp_path, monkeypatch):
 
 def log_of(path):
     """Comments and header, and the rows as lists of numbers."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     return lines[:3], [[float(value) for value in line.split(",")] for line in lines[3:]]
 
 
@@ -3162,25 +3162,27 @@ def test_a_log_that_goes_on_has_each_row_once(small, tmp_path, whole, call):
     stopped = int(saved(path)["step"]) / 30
     assert rows[-1][0] == pytest.approx(stopped, abs=1e-5) and len(rows) > 5  # where it stopped, too
     next_one = (int(saved(path)["step"]) // 10 + 1) / 3
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(f"{next_one:.6g},1.0,2.0,3.0,4.0,5.0,6.0,7.0\n20,1")
     resume = ["--data", small[1], "--resume", path, "--log"]
     call(*resume, log, "--save", path, "--reports", 60)
-    lines = log.read_text().splitlines()
+    lines = log.read_text("utf-8").splitlines()
     assert lines.pop(3 + len(rows) + 1) == "20,1"  # it was ended first
     epochs = [line.split(",")[0] for line in lines[3:]]
     assert lines[:3] == head and len(epochs) == len(set(epochs)) and epochs[-1] == "20"
     assert {f"{step / 3:.6g}" for step in range(61)} <= set(epochs)
     assert_same_run(path, whole)
-    before = log.read_text()
+    before = log.read_text("utf-8")
     call(*resume, log)  # a finished run has nothing to add
-    assert log.read_text() == before
+    assert log.read_text("utf-8") == before
     call(*resume, tmp_path / "another")
     assert [row[0] for row in log_of(tmp_path / "another")[1]] == [20]
     for text in (before.replace('"seed": 2', '"seed": 3'), "a, table\n1,2\n", '# {"data": 217'):
         (tmp_path / "another").write_text(text)
         says = f"train.py: error: {tmp_path}/another: expected the log of this run, to go on with it, found another's\n"
-        assert call(*resume, tmp_path / "another") == (2, "", says) and (tmp_path / "another").read_text() == text
+        assert (
+            call(*resume, tmp_path / "another") == (2, "", says) and (tmp_path / "another").read_text("utf-8") == text
+        )
     says = f"train.py: error: expected another file to --log than to --save and --resume, found {path}\n"
     assert call(*resume, path) == (2, "", says) and int(saved(path)["step"]) == 600
 
@@ -3266,6 +3268,7 @@ def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, pr
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('another package of that name')")
     how = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    assert "--seeds" in run("-h", program=[sys.executable, program], env=os.environ | {"PYTHONSAFEPATH": "1"}).stdout
     assert "--seeds" in run("-h", program=[sys.executable, "-OO", program], **how).stdout
     code = "import runpy; runpy.run_path('docs/benchmark.py', run_name='benchmark')"
     assert run("-c", code, program=[sys.executable, "-OO"], **how).stdout == ""

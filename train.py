@@ -382,7 +382,7 @@ def evaluate_file(args):
 @contextlib.contextmanager
 def command():
     """A program up to its exit status: errors are one line; standard streams may be closed, or take ASCII alone."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     try:
         yield

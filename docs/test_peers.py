@@ -87,7 +87,7 @@ BACKPROP = "deadzone", "deadzone-some"
 )
 def test_the_published_race_is_that_of_the_published_logs(folder, raced):
     """Seconds to each accuracy, their ratio to those of the main job, and the last accuracy."""
-    text, base = (ROOT / "docs/RESULTS.md").read_text(), None
+    text, base = (ROOT / "docs/RESULTS.md").read_text("utf-8"), None
     for name in raced:
         log = np.genfromtxt(ROOT / f"docs/{folder}/peers-{name}.csv", delimiter=",", names=True, skip_header=2)
         at = [log["seconds"][log["test"] >= mark] for mark in peers.MARKS]
@@ -109,6 +109,6 @@ def test_the_command(tmp_path):
     assert rows[-3].startswith("the main job ")
     assert "sigma 0.02" in rows[-1] and rows[-1].count("> 0.5") == len(peers.MARKS)
     assert {path.name for path in tmp_path.iterdir()} == {"peers-main.csv", "peers-signs.csv"}
-    assert "\nseconds,validation\n" in (tmp_path / "peers-main.csv").read_text()
+    assert "\nseconds,validation\n" in (tmp_path / "peers-main.csv").read_text("utf-8")
     done = subprocess.run([*command, "--members", "3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

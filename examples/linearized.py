@@ -32,6 +32,7 @@ import sys
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported: one thread a process
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent))
 import controls
 import numpy as np
 

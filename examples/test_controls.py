@@ -235,7 +235,9 @@ def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
     files = {path.name for path in (tmp_path / "runs").iterdir()}
     ends = [f"-{seed}.{end}" for seed in (0, 1) for end in ("csv", "npz")]
     assert files == {name + end for name in controls.ROWS for end in ends} | {"scale-0.csv", "scale-1.csv"}
-    assert all('"validation": 100' in (tmp_path / "runs" / f"{name}-0.csv").read_text() for name in controls.ROWS)
+    assert all(
+        '"validation": 100' in (tmp_path / "runs" / f"{name}-0.csv").read_text("utf-8") for name in controls.ROWS
+    )
     params, arrays = data.load_weights(tmp_path / "runs" / "relu-1.npz")
     assert arrays["settings"]["method"] == "relu" and len(params) == 3
     command = [sys.executable, "train.py", "--evaluate", tmp_path / "runs" / "relu-1.npz"]
@@ -259,14 +261,14 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
 
 def cells(name):
     """Of a row of a published table: mean and standard deviation of the last lines of three seeds' logs."""
-    last = [(ROOT / f"docs/runs/{name}-{seed}.csv").read_text().splitlines()[-1].split(",") for seed in range(3)]
+    last = [(ROOT / f"docs/runs/{name}-{seed}.csv").read_text("utf-8").splitlines()[-1].split(",") for seed in range(3)]
     columns = [[100 * float(line[i]) for line in last] for i in (3, 4)]
     return " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/RESULTS.md"])
 def test_the_published_table_is_that_of_the_published_logs(document):
-    text = (ROOT / document).read_text().replace("*", "")
+    text = (ROOT / document).read_text("utf-8").replace("*", "")
     best = ["best/es", "best/prediction", "best/deadzone", "best/relu"] if document == "docs/RESULTS.md" else []
     for name in [*controls.ROWS, *best]:
         assert f"| {cells(name)} |" in text, (name, cells(name))
@@ -275,7 +277,7 @@ def test_the_published_table_is_that_of_the_published_logs(document):
 def test_the_published_weights_are_those_of_the_main_job(mnist):
     """Its settings as they are now, and the accuracy that its log ends with."""
     params, arrays = data.load_weights(ROOT / "docs/weights.npz")
-    log = (ROOT / "docs/runs/es-0.csv").read_text().splitlines()
+    log = (ROOT / "docs/runs/es-0.csv").read_text("utf-8").splitlines()
     defaults = json.loads(json.dumps({name: default for name, (default, *_) in train.OPTIONS.items()}))
     assert arrays["settings"] == json.loads(log[0][1:]) and arrays.keys() == {"settings"}
     assert all(value == defaults.get(name, value) for name, value in arrays["settings"].items())

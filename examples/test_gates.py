@@ -142,7 +142,7 @@ def test_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
     assert re.split("  +", head.strip()) == gates.UNITS and len(table) == 12
     assert all(len(re.findall(r"±| -(?= |$)", line)) == 7 for line in table)  # a cell a unit, "-" if it has none
     assert [line.count("±") for line in table] == [7, 6] + 10 * [6]
-    rows = [line.split(",") for line in (tmp_path / "g").read_text().splitlines()[2:]]
+    rows = [line.split(",") for line in (tmp_path / "g").read_text("utf-8").splitlines()[2:]]
     found = {(unit, int(seed), measure, float(at)): float(value) for unit, seed, measure, at, value in rows}
     assert len(found) == len(rows)
     for unit in MESSAGE_AND_BELIEF:

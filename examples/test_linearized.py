@@ -186,7 +186,7 @@ def test_tells_tanh_from_underflow(tmp_path):
     small = ["--widths", "64", "256", "--members", "4"]
     done = subprocess.run(command + small, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    comment, header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    comment, header, *rows = (tmp_path / "log.csv").read_text("utf-8").splitlines()
     assert comment.startswith("# python examples/linearized.py --seeds 2") and header.count(",") == rows[0].count(",")
     assert len(done.stdout.splitlines()) == 1 + 8 * 4 + 2 * 4 + 2 * 4 + 2 * 4  # RMSE, closed form, pace, ensemble
     found = re.findall(r"^RMSE .*: (tanh|underflow ES / ES) .* (-?\d\.\d\d) ± \d\.\d\d$", done.stdout, re.M)

@@ -141,18 +141,20 @@ def test_a_short_training_beats_the_same_without_flush(small):
 @pytest.mark.parametrize("document", ["README.md", "docs/RESULTS.md"])
 def test_the_published_table_is_that_of_the_published_logs(document):
     """And the settings of the logs are those of now, one by an older name."""
-    text = (ROOT / document).read_text().replace("*", "")
+    text = (ROOT / document).read_text("utf-8").replace("*", "")
     for row, (says, *_) in recurrent.ROWS.items():
         assert f"| {says} | {cells(f'recurrent/{row}')} |" in text
         of_row = json.loads(json.dumps(DEFAULTS | recurrent.ROWS[row][3]))
         for seed in range(3):
-            log = (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text().replace('"decay"', '"weight_decay"')
+            log = (
+                (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text("utf-8").replace('"decay"', '"weight_decay"')
+            )
             assert json.loads(log.partition("\n")[0][2:]).items() >= (of_row | {"seed": seed}).items()
 
 
 def test_the_published_weights_are_those_of_a_published_run(mnist):
     logits = recurrent.forward(recurrent.load_weights(ROOT / "docs/recurrent.npz"), data.pixels(mnist[2]))[2]
-    last = (ROOT / "docs/runs/recurrent/es-0.csv").read_text().splitlines()[-1].split(",")
+    last = (ROOT / "docs/runs/recurrent/es-0.csv").read_text("utf-8").splitlines()[-1].split(",")
     assert np.mean(logits.argmax(axis=1) == mnist[3]) == pytest.approx(float(last[4]), abs=2e-4)
 
 
@@ -164,7 +166,7 @@ def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
         command = f"examples/recurrent.py {tmp_path / engine} --engine {engine} --rows es tanh --seeds 1 --epochs 0.02"
         done = subprocess.run([*start, *command.split()], cwd=ROOT, capture_output=True, text=True, check=True)
         assert re.search(r"1 seeds +train +test\nES.* ± 0\.00 +\S+ ± 0\.00\ntanh.* ± 0.00 +\S+ ± 0.00\n$", done.stdout)
-        assert json.loads((tmp_path / engine / "es-0.csv").read_text().splitlines()[0][2:])["epochs"] == 0.02
+        assert json.loads((tmp_path / engine / "es-0.csv").read_text("utf-8").splitlines()[0][2:])["epochs"] == 0.02
     for row in ("es", "tanh"):
         assert_same_params(*(recurrent.load_weights(tmp_path / name / f"{row}-0.npz") for name in ("threads", "mpi")))
 
