@@ -166,7 +166,7 @@ def step(options=""):
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
     runs = run, job(options), job(every, controls.backprop)
     es, sampled, reverse = in_turn(*(functools.partial(next, train.steps(each)) for each in runs))
-    reversed_, straights = in_turn(*backprop())
+    loops, straights = in_turn(*backprop())
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
@@ -174,18 +174,17 @@ def step(options=""):
     print(f"  es_gradient_plain / es_gradient, an example  {ratio(plains, fasts) * len(x):8.0f}")
     print(f"  ES step / backprop step, all measured        {ratio(es, reverse):8.2f}")
     print(f"  the same, ES with importance sampling        {ratio(sampled, reverse):8.2f}")
-    print(f"  backprop step / straight down, {data.cores()} cores       {ratio(reversed_, straights):8.2f}")
+    print(f"  backprop step / straight down, {data.cores()} cores       {ratio(loops, straights):8.2f}")
 
 
 def backprop():
-    """Two functions that make a step of backprop with the dead zone, by all cores: that of peers.py's race, and a
+    """Two functions that make a step of backprop with the dead zone, by all cores: that of controls.py, and a
     forward pass, a backward pass and AdamW written straight down, where a share of the batch is a core's."""
     _, method, _, options = controls.ROWS["deadzone"]
     run, pool = train.begin(train.parse_args(options.split()), method), concurrent.futures.ThreadPoolExecutor()
     (images, labels, *_), s, step = run.sets, run.settings, itertools.count(1)
-    params, *moments = (train.zeros(run.params) for _ in range(3))
-    for copy, a in zip(fpnl.leaves(params), fpnl.leaves(run.params)):
-        copy[:] = a
+    params = [tuple(map(np.copy, layer)) for layer in run.params]
+    moments = train.zeros(params), train.zeros(params)
 
     def share(batch):
         x, y, ((W1, b1), (W2, b2), (W3, b3)) = data.pixels(images[batch]), labels[batch], params
