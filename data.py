@@ -197,11 +197,12 @@ def load_weights(path):
     Raises ValueError, which names the file, if anything in it is damaged, missing or left over: it has layers of the
     sizes in its settings, of finite float32; and for a run that goes on m and v alike, step and seconds.
     """
-    content = io.BytesIO(pathlib.Path(path).read_bytes())
+    raw = io.BytesIO(pathlib.Path(path).read_bytes())
     try:
-        with np.load(content, allow_pickle=False) as file:
-            if damaged := file.zip.testzip() or [n for n in file.files if file.files.count(n) > 1]:
-                raise ValueError(f"{damaged} damaged, or more than once")
+        with np.load(raw, allow_pickle=False) as file:
+            # None is there twice or hidden: they are as many as the end of the archive says.
+            if (bad := file.zip.testzip()) or len({*file.files}) != struct.unpack_from("<H", raw.getvalue(), -12)[0]:
+                raise ValueError(f"{bad or file.files} damaged, missing or more than once")
             arrays = {name: file[name] for name in file.files}
         settings = dict(json.loads(str(arrays.pop("settings", "{}"))))
         trees, count = ["", "m", "v"] if "step" in arrays else [""], sum(name[:1] == "W" for name in arrays)

@@ -181,7 +181,7 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     ftz : True, every operation but the product flushes its operands and its result; "hardware", the CPU's own flags do
         that, with the same bits (compared on Linux x86-64); False, the same operations with gradual underflow: the
         network is linear up to rounding. Either `tininess` of `add` would give the same bits.
-    scale : S, a float32 power of two from 1 to 2^127; the dead zones end at |z| = S TINY.
+    scale : S, a float32 power of two from 1 to 2^126; the dead zones end at |z| = S TINY.
     transfer : for comparison, an ordinary network without S and flush, whose hidden units have this function of an
         array of sums (float32 to float32, elementwise) and whose logits are linear.
 
@@ -374,7 +374,8 @@ def _dead_zone(z, ftz, scale):
     """t(z), written over z."""
     if ftz == "hardware":
         with hardware_ftz():
-            return np.multiply(np.divide(z, scale, out=z), scale, out=z)
+            # 1 / S is exact and no subnormal, and a multiplication takes a third of the time of a division.
+            return np.multiply(np.multiply(z, 1 / scale, out=z), scale, out=z)
     return np.multiply(z, np.abs(z) >= scale * TINY, out=z) if ftz else z
 
 
@@ -396,7 +397,7 @@ def _member_losses(change, k, z, layers, labels, losses):
     # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
     change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
     # As many blocks at once as the cache holds, which saves a tenth of the time.
-    some, found = max(1, (1 << 20) // (max(len(z), classes) * 2 * n)), []
+    some, found = max(1, (1 << 19) // (max(len(z), classes) * 2 * n)), []
     for i in range(0, len(W), some):
         # [some, next width, 2 n], then [some, classes, 2 n].
         h = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
@@ -778,8 +779,8 @@ def _network(params, x, ftz=True, scale=SCALE, transfer=None):
         _require(fits, f"layer {i}", f"W [{width}, n], b [n], n > 0", f"{W.shape}, {b.shape}")
         layers, width = [*layers, (W, b)], len(b)
     _one_of("ftz", ftz, True, False, "hardware")
-    good = _float32(scale, "scale").shape == () and scale >= 1 and np.frexp(scale)[0] == 0.5
-    _require(good, "scale", "a power of two from 1 to 2^127", scale)
+    good = _float32(scale, "scale").shape == () and 1 <= scale <= 2.0**126 and np.frexp(scale)[0] == 0.5
+    _require(good, "scale", "a power of two from 1 to 2^126", scale)
     if transfer is None:
         ts = [functools.partial(_dead_zone, ftz=ftz, scale=float32(scale))] * len(layers)
         return _in_order(layers), _in_order(x), ts, 1 if ftz else len(layers)

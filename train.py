@@ -52,8 +52,7 @@ def number(kind, low, high):
             return value
         raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, found {text}")
 
-    parse.__name__ = kind.__name__
-    return parse
+    return functools.update_wrapper(parse, kind, ["__name__"], [])
 
 
 COUNT, SIZE, LONG, SHARE = number(int, 1, 1e6), number(float, 0, 1e38), number(float, 0, 1e6), number(float, 0, 1)
@@ -61,14 +60,15 @@ COUNT, SIZE, LONG, SHARE = number(int, 1, 1e6), number(float, 0, 1e38), number(f
 OPTIONS = {
     "validation": (0, number(int, 0, 1e9), "hold out the last N training images, as they lie"),
     "hidden": (fpnl.SIZES[1:-1], COUNT, "units of each hidden layer"),
-    "epochs": (30.0, LONG, "passes over the training images; fractions too, 0 evaluates"),
-    "batch": (512, COUNT, "images a step"),
-    "sigma": (0.02, number(float, 1e-9, 1e9), "size of a mutation of a unit's weights"),
+    "epochs": (18.0, LONG, "passes over the training images; fractions too, 0 evaluates"),
+    "batch": (1024, COUNT, "images a step"),
+    "sigma": (0.015, number(float, 1e-9, 1e9), "size of a mutation of a unit's weights"),
     "block": (4, COUNT, "units mutated together: more, and a step is quicker and noisier"),
     "control_variate": (False, bool, "less noise in a block"),
     "importance": (2.0, SIZE, "measure an image with probability N (1 - p), p of its label; 0: all"),
-    "lr": (1e-3, SIZE, "AdamW's learning rate, falling to zero as a cosine"),
-    "weight_decay": (1.0, SIZE, "AdamW's decoupled decay"),
+    "lr": (2e-3, SIZE, "AdamW's learning rate, falling to zero as a cosine"),
+    "weight_decay": (2.0, SIZE, "AdamW's decoupled decay"),
+    "beta2": (0.99, number(float, 0, 0.999999), "AdamW's decay of the mean of squares"),
     "dropout": (0.0, number(float, 0, 0.99), "share of the hidden units that is left out"),
     "smoothing": (0.0, SHARE, "share of each label that is spread over all classes"),
     "seed": (0, number(int, 0, 2**32 - 1), "of the weights, the order of the images and the mutations"),
@@ -76,7 +76,7 @@ OPTIONS = {
 PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 # So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
 # each mask of dropout (mask); the least probability with which an image is measured; the version of all that.
-FIXED = {"version": 3, "task": 64, "piece": 256, "mask": 64, "least": 0.05}
+FIXED = {"version": 3, "task": 64, "piece": 256, "mask": 64, "least": 0.02}
 # Random streams of a seed.
 INIT, ORDER, DRAW = range(3)
 # As fpnl takes it.
@@ -129,8 +129,7 @@ def steps(run, map_pieces=map, **mapping):
 
         losses, q = None, np.ones(s.batch, np.float32)
         if s.importance:
-            pieces = np.array_split(batch, math.ceil(s.batch / s.piece))
-            losses = np.concatenate([*map_pieces(losses_of, pieces)])
+            losses = np.concatenate([*map_pieces(losses_of, np.array_split(batch, math.ceil(s.batch / s.piece)))])
             q = np.clip(s.importance * -np.expm1(-losses), s.least, 1)
         drawn = np.flatnonzero(rng.random(s.batch) < q)
 
@@ -193,10 +192,10 @@ def begin(args, method=es, transfer=None):
             raise ValueError(f"{option}: expected {expected} as in {args.resume}, found {found}: it is fixed")
     if s.batch > s.images:
         raise ValueError(f"--batch: expected at most the {s.images} training images, found {s.batch}")
-    net = {"ftz": FTZ[args.flush], "transfer": transfer}
+    net, update = {"ftz": FTZ[args.flush], "transfer": transfer}, functools.partial(fpnl.adamw, beta2=s.beta2)
     gradient = thinned(method(s, net), s) if s.dropout else method(s, net)
     state = args.state or {"params": fpnl.init(np.random.default_rng((s.seed, INIT)), s.sizes)}
-    return fresh(s, sets, functools.partial(fpnl.activations, **net), gradient, **state)
+    return fresh(s, sets, functools.partial(fpnl.activations, **net), gradient, update=update, **state)
 
 
 def train(args, run):
@@ -248,13 +247,12 @@ def train(args, run):
 def score(run, which, map_pieces):
     """Loss, accuracy and share of live units in each layer, over the whole set whose images are in that place."""
 
-    def sums(images, y):
+    def look(images, y):
         *_, o = hs = run.outputs(run.params, data.pixels(images))
-        found = fpnl.cross_entropy(o, y), o.argmax(axis=1) == y, *(h != 0 for h in hs)
-        return [len(y) * np.mean(a, dtype=float) for a in found]
+        return fpnl.cross_entropy(o, y), o.argmax(axis=1) == y, *(h != 0 for h in hs)
 
     pieces = (np.array_split(rows, math.ceil(len(rows) / 1000)) for rows in run.sets[which : which + 2])
-    return (np.sum([*map_pieces(sums, *pieces)], axis=0) / len(run.sets[which])).tolist()
+    return [float(np.mean(np.concatenate(rows), dtype=float)) for rows in zip(*map_pieces(look, *pieces))]
 
 
 @contextlib.contextmanager
@@ -397,6 +395,12 @@ def command():
     except KeyboardInterrupt as stop:
         signal_number, says = stop.args or (signal.SIGINT, "interrupted")
         fail(says, "", 128 + signal_number)
+    finally:
+        # What could not be written is not tried again at the end of Python, which would tell of it.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message, kind="error: ", status=2):
@@ -405,33 +409,31 @@ def fail(message, kind="error: ", status=2):
 
 
 def parse_args(argv=None):
-    live = "live units: the share of each layer's outputs, logits last, that are not 0, over the training images"
-    parser = argparse.ArgumentParser("train.py", "python train.py [options]", epilog=live)
+    parser = argparse.ArgumentParser("train.py", "python train.py [options]")
     parser.error = fail
     flush, kept = "emulated", {"type": pathlib.Path, "metavar": "FILE.npz"}
     with contextlib.suppress(RuntimeError), fpnl.hardware_ftz():
         flush = "hardware"
     # fmt: off
-    group = parser.add_argument_group("training").add_argument
-    group("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
-    group("--preset", choices=PRESETS, help="other defaults: longer, and against overfitting")
+    training, running = (parser.add_argument_group(name).add_argument for name in ("training", "running"))
+    training("--data", type=pathlib.Path, default=data.MNIST, metavar="DIR", help="folder with the four files of a set")
+    training("--preset", choices=PRESETS, help="other defaults: longer, and against overfitting")
     for name, (value, kind, says) in OPTIONS.items():
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "N"}
         how |= {"nargs": "*"} if isinstance(value, tuple) else {}
-        group(f"--{name.replace('_', '-')}", default=value, help=f"{says} (default: %(default)s)", **how)
-    group("--flush", choices=FTZ, default=flush, help="tiny results to 0: in NumPy, by the CPU (the default), or not")
-    group = parser.add_argument_group("running").add_argument
-    group("--engine", choices=["threads", "mpi", "dask"], default="threads", help="what computes (default: threads)")
-    group("--workers", type=COUNT, metavar="N", help="how many; the weights are the same (default: all cores)")
-    group("--scheduler", metavar="ADDRESS", help="of a running dask; without it, one is started here")
-    group("--reports", type=COUNT, default=15, metavar="N", help="rows of the table (default: 15)")
-    group("--until-test", type=SHARE, metavar="N", help="stop at the first report from this accuracy on")
-    group("--quiet", action="store_true", help="print the result alone")
-    group("--log", type=pathlib.Path, metavar="FILE.csv", help="write a row a report here")
-    group("--save", **kept, help="write the weights here, at every report")
-    group("--resume", **kept, help="go on with the run that was saved there")
-    group("--evaluate", **kept, help="accuracy, confusion matrix and recalls of these weights")
-    group("--predict", type=pathlib.Path, metavar="FILE.idx", help="with --evaluate: a label a line for these images")
+        training(f"--{name.replace('_', '-')}", default=value, help=f"{says} (default: %(default)s)", **how)
+    training("--flush", choices=FTZ, default=flush, help="tiny results to 0: in NumPy, by the CPU (default), or not")
+    running("--engine", choices=["threads", "mpi", "dask"], default="threads", help="what computes (default: threads)")
+    running("--workers", type=COUNT, metavar="N", help="how many; the weights are the same (default: all cores)")
+    running("--scheduler", metavar="ADDRESS", help="of a running dask; without it, one is started here")
+    running("--reports", type=COUNT, default=15, metavar="N", help="rows of the table (default: 15)")
+    running("--until-test", type=SHARE, metavar="N", help="stop at the first report from this accuracy on")
+    running("--quiet", action="store_true", help="print the result alone")
+    running("--log", type=pathlib.Path, metavar="FILE.csv", help="write a row a report here")
+    running("--save", **kept, help="write the weights here, at every report")
+    running("--resume", **kept, help="go on with the run that was saved there")
+    running("--evaluate", **kept, help="accuracy, confusion matrix and recalls of these weights")
+    running("--predict", type=pathlib.Path, metavar="FILE.idx", help="with --evaluate: a label a line for these images")
     # fmt: on
     args = parser.parse_args(argv)
     state, saved = data.load_run(args.resume) if args.resume else ({}, {})

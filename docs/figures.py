@@ -83,7 +83,7 @@ def learning(axes):
 def peers(axes):
     """docs/peers.py: test accuracy against seconds, of population ES and of the main job."""
     for name, (label, colour, style) in PEERS.items():
-        log = read(DOCS / "runs" / f"peers-{name}.csv")
+        log = read(DOCS / "runs" / f"peers-{name}-0.csv")
         axes.plot(log["seconds"], 100 * log["test"], linestyle=style, color=colour, label=label)
     axes.set(xlabel="seconds, 2 cores", ylabel="test accuracy, percent", xscale="log", xlim=(0.2, 300), ylim=(0, 100))
     axes.set_xticks([0.3, 1, 3, 10, 30, 100, 300], ["0.3", "1", "3", "10", "30", "100", "300"])

@@ -4,6 +4,7 @@ project, by evosax and by evotorch.
 
     pip install -e '.[peers]'
     python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
+    python docs/peers.py docs/runs/race --peers main deadzone deadzone-some --seeds 0 1 2
     python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
 
 Population ES mutates all 669,706 weights at once and looks at the loss of a batch, the same for all members of a step.
@@ -185,7 +186,7 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
-BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "epochs": 6}
+BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
 PEERS = {  # name of the log: row of the table, trainer, its settings; of the main job, its own
     "main": ("the main job", functools.partial(loop, "es"), {}),
     "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), BACKPROP),
@@ -230,9 +231,9 @@ def main():
     add("--seconds", type=train.LONG, default=300, help="of each (default: 300)")
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
-    add("--seed", type=train.number(int, 0, math.inf), default=0)
+    add("--seeds", type=train.number(int, 0, math.inf), nargs="+", default=[0], help="one after the other")
     kinds = {name: train.COUNT for name in ("members", "batch")}
-    kinds |= {name: train.SIZE for name in ("sigma", "lr", "weight_decay", "epochs")}
+    kinds |= {name: train.SIZE for name in ("sigma", "lr", "weight_decay", "beta2", "epochs")}
     for name, kind in kinds.items():
         says = "instead of the settings chosen; several: all combinations"
         add(f"--{name.replace('_', '-')}", type=kind, nargs="+", help=says)
@@ -242,28 +243,32 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     *sets, images, labels = data.load(validation=args.validation)
     reached, ended = {}, {}
-    for name in args.peers:
+    for seed, name in itertools.product(args.seeds, args.peers):
         says, trainer, chosen = PEERS[name]
         given = {option: values for option in chosen if (values := getattr(args, option))}
         for values in itertools.product(*given.values()):
             settings = chosen | dict(zip(given, values))
             label = ", ".join([says, *(f"{k} {v:g}" for k, v in settings.items())])
             options = ["--validation", str(args.validation)]
-            steps = trainer(sets=sets, options=options, seed=args.seed, **settings)
+            steps = trainer(sets=sets, options=options, seed=seed, **settings)
             held = "validation" if args.validation else "test"
-            log = data.open_log(args.folder / f"peers-{name}.csv", {"trainer": label}, ("seconds", held))
+            log = data.open_log(args.folder / f"peers-{name}-{seed}.csv", {"trainer": label}, ("seconds", held))
             with log as write:
                 rows = race(steps, args.seconds, images, labels, write)
             steps.close()
-            reached[label] = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
-            ended[label] = rows[-1][0]
+            found = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
+            reached.setdefault(label, []).append(found)
+            ended.setdefault(label, []).append(rows[-1][0])
             print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
+    reached, ended = ({label: np.mean(of_seeds, axis=0) for label, of_seeds in of.items()} for of in (reached, ended))
     base = reached.get(PEERS["main"][0])
-    print(f"\n{'seconds to an accuracy of':75}" + "".join(f"{mark:>19.1%}" for mark in MARKS))
+    print(
+        f"\n{f'seconds to an accuracy of, mean of {len(args.seeds)} seeds':75}" + "".join(f"{m:>19.1%}" for m in MARKS)
+    )
     for label, seconds in reached.items():
         least = [("" if at < math.inf else "> ", min(at, ended[label])) for at in seconds]
         cells = [f"{more}{at:.1f}" for more, at in least]
-        if base and max(base) < math.inf:
+        if base is not None and max(base) < math.inf:
             cells = [f"{cell} ({more}{at / own:.3g}x)" for cell, (more, at), own in zip(cells, least, base)]
         print(f"{label:75}" + "".join(f"{cell:>19}" for cell in cells))
 

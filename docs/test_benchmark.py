@@ -1,15 +1,13 @@
 """The tests of benchmark.py; no test asserts a time."""
 
 import re
-import subprocess
-import sys
 
 import benchmark
 import numpy as np
 import pytest
+from helpers import PYTHON, RNG, ROOT, example, needs_dask, needs_mpi, run
 
 import fpnl
-from test_fpnl import RNG, ROOT, example, needs_dask, needs_mpi
 
 
 @pytest.mark.slow
@@ -38,7 +36,7 @@ def test_the_benchmark_runs(monkeypatch, capfd, slice_of_mnist):
 
 
 def test_an_unknown_section_is_one_clear_error():
-    done = subprocess.run([sys.executable, "docs/benchmark.py", "steps"], cwd=ROOT, capture_output=True, text=True)
+    done = run("docs/benchmark.py", "steps", program=PYTHON, check=False)
     says = "expected sections, of arithmetic, step, noise, scaling, memory, engines, slopes, against, found steps"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"benchmark.py: error: {says}\n")
 

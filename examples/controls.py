@@ -32,7 +32,7 @@ import data
 import fpnl
 import train
 
-EXPONENTS = range(128)  # of the scales that the trained weights are evaluated with
+EXPONENTS = range(127)  # of the scales that the trained weights are evaluated with
 EPSILON = np.float32(0.05)  # of an interval of logits
 
 
@@ -166,8 +166,9 @@ def rectify(z):
 
 # --- The comparison ------------------------------------------------------------------------------------
 
-WHOLE = "--importance 0 --batch 256"
-DEADZONE = "--batch 256 --epochs 20 --weight-decay 0.3"
+BACKPROP = "--batch 256 --lr 1e-3 --beta2 0.999"
+WHOLE = f"{BACKPROP} --importance 0"
+DEADZONE = f"{BACKPROP} --epochs 20 --weight-decay 0.3"
 LINEAR = f"{WHOLE} --flush off --weight-decay 0"
 ROWS = {  # name of the log: row of the table, method, transfer, options of train.py
     "linear": ("linear network, backprop", backprop, np.positive, f"{LINEAR} --epochs 8"),

@@ -224,13 +224,14 @@ def parts(layers):
     return [W[: -len(V)], U[: -len(V)], V], [b, c, d], [W[-len(V) :], U[-len(V) :]]
 
 
+OWN = {"epochs": 30.0, "batch": 512, "lr": 8e-3}  # in the place of the main job's
 SETTINGS = {  # default, kind, what it is
     "features": (64, train.COUNT, "units"),
     "memory": (64, train.COUNT, "units"),
     "delta": ((0.25, 1.0), train.number(float, 1e-9, 1e9), "movement of a sum by a mutation: of features, of memory"),
     "block": ((16, 32), train.COUNT, "units mutated together, of features and of memory"),
-    **{name: train.OPTIONS[name] for name in ("validation", "epochs", "batch", "importance")},
-    "lr": (8e-3, *train.OPTIONS["lr"][1:]),
+    **{name: train.OPTIONS[name] for name in ("validation", "importance")},
+    **{name: (own, *train.OPTIONS[name][1:]) for name, own in OWN.items()},
     "weight_decay": (0.3, train.SIZE, "AdamW's decoupled decay, of weights other than the recurrent"),
     "recurrent": (1 / 64, train.SIZE, "rate of the weights of the memory before a row, as a share of --lr"),
 }
@@ -245,7 +246,8 @@ ROWS = {  # name of the log: row of the table, method, flush (None: tanh), other
 def begin(row, seed, args, sets):
     """A run of train.py's loop, on these sets."""
     _, method, ftz, _ = ROWS[row]
-    s = argparse.Namespace(**train.FIXED, **{name: getattr(args, name) for name in SETTINGS}, method=row, seed=seed)
+    fixed = train.FIXED | {"least": 0.05, "method": row, "seed": seed}
+    s = argparse.Namespace(**fixed, **{name: getattr(args, name) for name in SETTINGS})
     s.images, s.sizes = len(sets[0]), [PIXELS, s.features, s.memory, CLASSES]
     s.steps = round(s.epochs * (s.images // s.batch))
     params = init(np.random.default_rng((seed, train.INIT)), s.features, s.memory)

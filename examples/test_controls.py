@@ -3,23 +3,32 @@
 import argparse
 import functools
 import json
-import os
 import pickle
 import re
-import shutil
 import statistics
-import subprocess
-import sys
 
 import controls
 import numpy as np
 import pytest
+from helpers import (
+    PYTHON,
+    RNG,
+    ROOT,
+    WITH_MPI,
+    assert_same_bits,
+    example,
+    needs_hardware,
+    needs_mpi,
+    run,
+    slow,
+    write_slice,
+)
 
 import data
 import fpnl
 import train
-from test_fpnl import RNG, ROOT, assert_same_params, example, needs_hardware, write_slice
 
+CONTROLS = [*PYTHON, "examples/controls.py"]
 SIZES = (12, 10, 9, 5)
 NETS = {  # network of each method, as fpnl takes it
     "backprop": {"ftz": True, "transfer": np.positive},
@@ -88,8 +97,8 @@ def test_dropout_is_the_network_without_some_of_its_units():
         given.append((params, x, labels, weights))
         return [tuple(map(np.ones_like, layer)) for layer in params], np.zeros(len(x), "f")
 
-    def thinned(gradient, key, batch=64):
-        how = settings(dropout=0.4, batch=batch)
+    def thinned(gradient, key, **others):
+        how = settings(**{"dropout": 0.4, "batch": 64} | others)
         return train.thinned(gradient, how)(params, x, labels, RNG(key), weights=weights, return_losses=True)
 
     for key in range(3):
@@ -118,6 +127,8 @@ def test_dropout_is_the_network_without_some_of_its_units():
     assert len(left) == 3
     whole, _ = thinned(ones, 0, batch=65)  # which are two networks
     np.testing.assert_array_equal(whole[-1][1], 2)
+    whole, _ = thinned(ones, 0, dropout=0.99)  # but one unit at least
+    assert [np.count_nonzero(W.any(axis=1)) for W, _ in whole] == [12, 1, 1]
     for i, (_, *rows) in enumerate(given[-2:]):
         for found, expected in zip(rows, (x, labels, weights), strict=True):
             np.testing.assert_array_equal(found, expected[i : i + 1])
@@ -183,24 +194,19 @@ def test_what_is_mapped_travels_and_the_bits_are_the_same(row):
 
     expected, losses = run(params, x, labels, RNG(0), **how)
     found, same = run(params, x, labels, RNG(0), workers=3, map_tasks=elsewhere, **how)
-    assert_same_params([*found, (same,)], [*expected, (losses,)])
+    assert_same_bits([*found, (same,)], [*expected, (losses,)])
     assert lists == [3]
 
 
-@pytest.mark.slow
+@slow
+@needs_mpi
 def test_workers_of_mpi_know_the_controls(slice_of_mnist, tmp_path):
-    pytest.importorskip("mpi4py")
-    search = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    mpi = [shutil.which("mpiexec", path=search), *"-n 3 -genv MPIR_CVAR_NOLOCAL 1".split()]
-    for engine, before, module in (("threads", [], []), ("mpi", mpi, ["-m", "mpi4py.futures"])):
-        command = [*before, sys.executable, *module, "examples/controls.py", tmp_path / engine]
+    for engine, program in (("threads", PYTHON), ("mpi", WITH_MPI)):
         options = "--rows deadzone prediction --seeds 1 --epochs 0.2 --reports 1 --engine".split()
-        command += [*options, engine, "--data", slice_of_mnist]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        run("examples/controls.py", tmp_path / engine, *options, engine, "--data", slice_of_mnist, program=program)
     for row in ("deadzone", "prediction"):
         found, expected = (data.load_weights(tmp_path / engine / f"{row}-0.npz")[0] for engine in ("mpi", "threads"))
-        assert_same_params(found, expected)
+        assert_same_bits(found, expected)
 
 
 @pytest.mark.slow
@@ -209,9 +215,7 @@ def test_the_controls_train(slice_of_mnist, tmp_path):
     what sees the dead zone. From the printed table."""
     rows = "linear logistic prediction blind deadzone relu".split()
     options = f"--seeds 1 --epochs 4 --batch 100 --weight-decay 0 --reports 1 --data {slice_of_mnist} --rows".split()
-    command = [sys.executable, "examples/controls.py", tmp_path / "runs", *options, *rows]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = run(tmp_path / "runs", *options, *rows, program=CONTROLS)
     found = re.findall(r"(?m)^\w.*? +\d+\.\d\d ± 0\.00 +(\d+\.\d\d) ± 0\.00", done.stdout)
     linear, logistic, prediction, blind, deadzone, relu = map(float, found)
     assert 84 < linear < 90 and 80 < logistic < 90
@@ -223,9 +227,7 @@ def test_the_controls_train(slice_of_mnist, tmp_path):
 def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
     folder = write_slice(mnist, tmp_path, 1000, 500)
     options = f"--seeds 2 --epochs 1 --reports 1 --workers 1 --data {folder} --validation 100".split()
-    command = [sys.executable, "examples/controls.py", tmp_path / "runs", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = run(tmp_path / "runs", *options, program=CONTROLS)
     first, *printed = done.stdout.splitlines()
     assert re.fullmatch(rf"22 runs, at most about \d+ minutes; logs and weights go to {tmp_path}/runs", first)
     assert done.stdout.count("logits that differ between the emulation and the CPU's flags: 0 of 1000") == 2
@@ -240,8 +242,7 @@ def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
     )
     params, arrays = data.load_weights(tmp_path / "runs" / "relu-1.npz")
     assert arrays["settings"]["method"] == "relu" and len(params) == 3
-    command = [sys.executable, "train.py", "--evaluate", tmp_path / "runs" / "relu-1.npz"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run("--evaluate", tmp_path / "runs" / "relu-1.npz", check=False)
     assert done.returncode == 2 and "expected weights of fpnl's network, found one with rectify" in done.stderr
 
 
@@ -253,8 +254,7 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
         ([tmp_path / "runs", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         ([tmp_path / "runs", "--data", tmp_path / "no"], "no: expected a folder with the four files of MNIST"),
     ):
-        command = [sys.executable, "examples/controls.py", *map(str, options)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run(*options, program=CONTROLS, check=False)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
         assert not (tmp_path / "runs").exists()
 

@@ -1,15 +1,13 @@
 """The tests of frameworks.py, and of what gpu.py has that runs without a GPU."""
 
-import subprocess
-import sys
-
 import frameworks
 import gpu
 import numpy as np
 import pytest
+from helpers import PYTHON, RNG, assert_same_bits, needs_hardware, run
 
 import fpnl
-from test_fpnl import RNG, ROOT, all_modes, assert_same_bits, cpu_mode, needs_hardware
+from test_fpnl import all_modes, cpu_mode
 
 KINDS = {(False, False): "keeps", (False, True): "flushes operands", (True, False): "flushes results"}
 
@@ -70,8 +68,7 @@ def test_the_table():
     """What this machine's PyTorch and JAX do: the claims of the README."""
     for module in ("torch", "jax"):
         pytest.importorskip(module, reason=f"needs {module}: pip install '.[frameworks]'")
-    command = [sys.executable, "examples/frameworks.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = run("examples/frameworks.py", program=PYTHON, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines() if row[:1] == "|"]
     rows = {(row[0].split()[0], row[1]): row[2:] for row in rows[2:]}

@@ -2,17 +2,16 @@
 
 import concurrent.futures
 import re
-import subprocess
 import sys
 
 import controls
 import gates
 import numpy as np
 import pytest
+from helpers import PYTHON, RNG, run
 
 import fpnl
 import train
-from test_fpnl import RNG, ROOT
 
 MESSAGE_AND_BELIEF = ["identity", "dead zone", "ReLU", "ESP", "sigmoid", "tanh"]
 
@@ -165,6 +164,5 @@ def test_bad_input_ends_in_one_line(tmp_path):
         (["--data", tmp_path / "no"], "expected a folder"),
         (["--validation", "59900"], "256 of them to train on"),
     ):
-        command = [sys.executable, "examples/gates.py", *map(str, options)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run("examples/gates.py", *options, program=PYTHON, check=False)
         assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

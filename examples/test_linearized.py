@@ -1,16 +1,16 @@
 """The tests of linearized.py."""
 
 import re
-import subprocess
-import sys
 
 import linearized as L
 import numpy as np
 import pytest
+from helpers import PYTHON, RNG, assert_same_bits, run
 
 import data
 import fpnl
-from test_fpnl import RNG, ROOT, assert_same_bits
+
+LINEARIZED = [*PYTHON, "examples/linearized.py"]
 
 
 def tiny_network(sizes=(5, 4, 3, 2), n=6):
@@ -182,10 +182,8 @@ def test_ensemble_has_the_closed_forms_mean_and_covariance():
 
 @pytest.mark.slow
 def test_tells_tanh_from_underflow(tmp_path):
-    command = [sys.executable, "examples/linearized.py", "--seeds", "2", "--log", str(tmp_path / "log.csv")]
-    small = ["--widths", "64", "256", "--members", "4"]
-    done = subprocess.run(command + small, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    small = "--seeds 2 --widths 64 256 --members 4 --log".split()
+    done = run(*small, tmp_path / "log.csv", program=LINEARIZED)
     comment, header, *rows = (tmp_path / "log.csv").read_text("utf-8").splitlines()
     assert comment.startswith("# python examples/linearized.py --seeds 2") and header.count(",") == rows[0].count(",")
     assert len(done.stdout.splitlines()) == 1 + 8 * 4 + 2 * 4 + 2 * 4 + 2 * 4  # RMSE, closed form, pace, ensemble
@@ -203,6 +201,5 @@ def test_tells_tanh_from_underflow(tmp_path):
 
 def test_bad_input_ends_in_one_line(tmp_path):
     for options, says in ((["--widths", "128"], "expected two --widths"), (["--log", tmp_path], "Is a directory")):
-        command = [sys.executable, "examples/linearized.py", *map(str, options)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run(*options, program=LINEARIZED, check=False)
         assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -3,18 +3,16 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import recurrent
+from helpers import PYTHON, RNG, ROOT, WITH_MPI, assert_same_bits, needs_hardware, needs_mpi, run
 from test_controls import cells
 
 import data
 import fpnl
 import train
-from test_fpnl import MPI, RNG, ROOT, assert_same_bits, assert_same_params, needs_hardware, needs_mpi
 
 DEFAULTS = {name: default for name, (default, *_) in recurrent.SETTINGS.items()}
 HOW = argparse.Namespace(delta=(0.25, 1.0), block=(2, 3))
@@ -162,13 +160,13 @@ def test_the_published_weights_are_those_of_a_published_run(mnist):
 @needs_mpi
 def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
     """Threads, or processes elsewhere. The log begins with what it takes to repeat it."""
-    for engine, start in {"threads": [sys.executable], "mpi": MPI[: MPI.index("train.py")]}.items():
+    for engine, program in {"threads": PYTHON, "mpi": WITH_MPI}.items():
         command = f"examples/recurrent.py {tmp_path / engine} --engine {engine} --rows es tanh --seeds 1 --epochs 0.02"
-        done = subprocess.run([*start, *command.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = run(*command.split(), program=program)
         assert re.search(r"1 seeds +train +test\nES.* ± 0\.00 +\S+ ± 0\.00\ntanh.* ± 0.00 +\S+ ± 0.00\n$", done.stdout)
         assert json.loads((tmp_path / engine / "es-0.csv").read_text("utf-8").splitlines()[0][2:])["epochs"] == 0.02
     for row in ("es", "tanh"):
-        assert_same_params(*(recurrent.load_weights(tmp_path / name / f"{row}-0.npz") for name in ("threads", "mpi")))
+        assert_same_bits(*(recurrent.load_weights(tmp_path / name / f"{row}-0.npz") for name in ("threads", "mpi")))
 
 
 def test_bad_options_are_one_line(tmp_path):
@@ -178,7 +176,6 @@ def test_bad_options_are_one_line(tmp_path):
         ("--lr -1", "--lr"),
         ("--data nowhere", "nowhere: expected a folder with the four files"),
     ):
-        command = [sys.executable, "examples/recurrent.py", tmp_path / "runs", *options.split()]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run("examples/recurrent.py", tmp_path / "runs", *options.split(), program=PYTHON, check=False)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
         assert not (tmp_path / "runs").exists()

@@ -1,17 +1,13 @@
 """The tests of underflow.py."""
 
 import re
-import subprocess
-import sys
 
-from test_fpnl import HARDWARE, ROOT
+from helpers import HARDWARE, PYTHON, run
 
 
 def test_the_posts_examples_in_a_table():
     """The post's examples: the numbers of test_the_posts_examples."""
-    lines = subprocess.run(
-        [sys.executable, "examples/underflow.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    lines = run("examples/underflow.py", program=PYTHON).stdout
     rows = [re.split(r"  +", line) for line in lines.splitlines() if re.search("none|DAZ|FTZ", line)]
     expected = {  # without flags, DAZ, FTZ, both
         "(2.5 TINY + -1.6 TINY) + TINY": ("1.9 TINY", "1 TINY", "1 TINY", "1 TINY"),

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Mutants: each operator, number, comparison and decorator of a function changed, by cosmic-ray; does a test notice?
+
+    pip install cosmic-ray
+    python docs/mutants.py                      # all that is listed below, on all cores: hours
+    python docs/mutants.py es_slopes adamw      # of these functions
+
+For each function: how many mutants there are, how many of them a test has killed, and the changes of those that live.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import pathlib
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+
+ARITHMETIC = "flush add subtract multiply divide _flushed"
+NETWORK = "forward activations cross_entropy init"
+ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes gradient_from_slopes es_gradient"
+ES += " mapped _work _of_layers _in_order"
+STEP = "zeros fresh steps losses_of es thinned thinned_gradient score sums"
+GROUPS = [  # module, functions, and the tests that concern them, the quickest first
+    ("fpnl.py", ARITHMETIC, "test_fpnl.py tests/test_arguments.py -k 'golden or flush or scalars or bits or gpu'"),
+    ("fpnl.py", NETWORK, "test_fpnl.py tests/test_arguments.py -k 'forward or entropy or logits or transfer or init'"),
+    ("fpnl.py", ES, "test_fpnl.py tests/test_arguments.py -k 'not golden and not bits_of and not neighbours'"),
+    ("fpnl.py", "adamw leaves", "test_fpnl.py tests/test_arguments.py -k 'adamw'"),
+    ("train.py", STEP, "tests/test_train.py -k 'not engine and not bad_input'"),
+]
+CONFIG = """
+[cosmic-ray]
+module-path = "{module}"
+timeout = 600.0
+excluded-modules = []
+test-command = "{python} -m pytest -x -q -p no:cacheprovider {tests}"
+[cosmic-ray.distributor]
+name = "local"
+"""
+
+
+def outcomes(group, wanted, share, shares):
+    """Of every so-manieth mutant of a group: (function, outcome, change)."""
+    module, functions, tests = group
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(ROOT, pathlib.Path(folder) / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
+        config, session = pathlib.Path(folder) / "config.toml", pathlib.Path(folder) / "session.sqlite"
+        config.write_text(CONFIG.format(module=module, python=sys.executable, tests=tests), "utf-8")
+        cosmic_ray = functools.partial(subprocess.run, cwd=copy, check=True, stdout=subprocess.DEVNULL)
+        cosmic_ray(["cosmic-ray", "init", config, session])
+        with sqlite3.connect(session) as database:
+            specs = database.execute("SELECT job_id, definition_name FROM mutation_specs ORDER BY rowid").fetchall()
+            mine = [job for job, name in specs if name in {*functions.split()} & {*(wanted or functions.split())}]
+            others = {job for job, _ in specs} - {*mine[share::shares]}
+            for table in ("mutation_specs", "work_items"):
+                database.executemany(f"DELETE FROM {table} WHERE job_id = ?", [(job,) for job in others])
+        cosmic_ray(["cosmic-ray", "exec", config, session])
+        with sqlite3.connect(session) as database:
+            columns = "definition_name, test_outcome, diff"
+            return database.execute(f"SELECT {columns} FROM mutation_specs JOIN work_results USING (job_id)").fetchall()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("functions", nargs="*", help="of these alone")
+    args, shares = parser.parse_args(), data.cores()
+    groups = [group for group in GROUPS if not args.functions or {*args.functions} & {*group[1].split()}]
+    with concurrent.futures.ThreadPoolExecutor(shares) as pool:
+        for group in groups:
+            count, killed, living = collections.Counter(), collections.Counter(), collections.defaultdict(list)
+            tasks = [pool.submit(outcomes, group, args.functions, share, shares) for share in range(shares)]
+            for function, outcome, change in (row for task in tasks for row in task.result()):
+                count[function] += 1
+                killed[function] += outcome == "KILLED"
+                if outcome != "KILLED":
+                    living[function].append(change)
+            for function in count:
+                print(f"{group[0]} {function}: {count[function]} mutants, {killed[function]} killed", flush=True)
+                print(*living[function], sep="\n", end="\n" * bool(living[function]))
+
+
+if __name__ == "__main__":
+    main()
