@@ -127,11 +127,11 @@ def test_dropout_is_the_network_without_some_of_its_units():
     assert len(left) == 3
     whole, _ = thinned(ones, 0, batch=65)  # which are two networks
     np.testing.assert_array_equal(whole[-1][1], 2)
-    whole, _ = thinned(ones, 0, dropout=0.99)  # but one unit at least
-    assert [np.count_nonzero(W.any(axis=1)) for W, _ in whole] == [12, 1, 1]
     for i, (_, *rows) in enumerate(given[-2:]):
         for found, expected in zip(rows, (x, labels, weights), strict=True):
             np.testing.assert_array_equal(found, expected[i : i + 1])
+    whole, _ = thinned(ones, 0, dropout=0.99)  # but one unit at least
+    assert [np.count_nonzero(W.any(axis=1)) for W, _ in whole] == [12, 1, 1]
 
 
 def test_backprop_is_blind_to_underflow():
