@@ -286,9 +286,9 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 #     (L(z_j + d, q) - L(z_j - d, q)) / (2 d),      averaged over all q
 #
-# (Whether c_j is 0 does not depend on signs.) If k = 1, there is no q and no noise. These slopes are not the gradient
-# of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the whole network), nor, in general, the
-# gradient of any function.
+# (A slope of 0 where c_j = 0 adds no bias: whether c_j is 0 depends on no sign.) If k = 1, there is no q and no noise.
+# These slopes are not the gradient of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the whole
+# network), nor, in general, the gradient of any function.
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
 # measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
@@ -298,10 +298,10 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # The mean stays as it is, however bad the predictions: p_i changes its sign with e_i and depends on no other sign of
 # its layer (s' was measured with this layer unmutated), so E[p_i / e_j] = 0. Good ones take noise away, bad ones add
-# noise. p is a linear surrogate of the loss, made of measured slopes. (p_j / (2 e_j d) is what backprop has for s_j, if
-# its derivative t'(z_j) is replaced by c_j / (2 e_j d).)
+# noise. p is a linear surrogate of the loss, made of measured slopes. (With the same s', backprop would have s_j =
+# t'(z_j) (W' s')_j; that is p_j / (2 e_j d) with the derivative in the place of c_j / (2 e_j d).)
 #
-# THE COST of an example, with H hidden layers of m units, if only what a mutation changes is computed again:
+# THE COST of an example's losses, with H hidden layers of m units, if only what a mutation changes is computed again:
 #
 #     2 ((H - 1) m / k + m + classes)                              losses: 2 (512 / 4 + 512 + 10) = 1,300 here
 #     2 (H - 1) m^2 (1 + classes / k) + (H - 1) (H - 2) m^3 / k    multiplications, about: 1.8 million here
@@ -806,7 +806,7 @@ def _check(params, x, labels, sigma, block, losses, control_variate, weights=Non
     _count("block", block)
     _one_of("control_variate", control_variate, True, False)
     _require(labels.shape[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {labels.shape}")
-    inert = not any(np.abs(b).max() >= least for _, b in params[acting:])
+    inert = all(np.abs(b).max() < least for _, b in params[acting:])
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
     # As `es_slopes` will call it: logits [..., n, classes] whose memory is [..., classes, n].
     found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
