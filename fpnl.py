@@ -806,7 +806,8 @@ def _check(params, x, labels, sigma, block, losses, control_variate, weights=Non
     _count("block", block)
     _one_of("control_variate", control_variate, True, False)
     _require(labels.shape[:1] == (n,) and n >= 1, "labels", f"{n} >= 1 rows, as in x", f"shape {labels.shape}")
-    inert = all(np.abs(b).max() < least for _, b in params[acting:])
+    # (NaN passes: the loss of a training that diverges shows it.)
+    inert = not any(np.abs(b).max() >= least for _, b in params[acting:])
     _require(inert, "the later biases", "|b| < S TINY, 1/2 by default, which flushes: only b1 acts", "a larger one")
     # As `es_slopes` will call it: logits [..., n, classes] whose memory is [..., classes, n].
     found = _float32(losses(np.zeros((1, classes, n), float32).swapaxes(1, 2), labels), "the result of losses").shape
