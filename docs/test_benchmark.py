@@ -46,7 +46,7 @@ def test_an_unknown_section_is_one_clear_error():
 @needs_dask
 def test_the_benchmark_runs_the_engines(monkeypatch, capfd, slice_of_mnist):
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    benchmark.engines(f"--data {slice_of_mnist} --hidden 24 16", batches=(64, 256))
+    benchmark.engines(f"--data {slice_of_mnist} --hidden 24 16 --epochs 60", batches=(64, 256))
     out, errors = capfd.readouterr()
     assert errors == "" and len(re.findall(r"(?m)^(?:threads|mpi|dask) +[12](?: +(?!0\.0\b)\d+\.\d){3}$", out)) == 6
     there, back = (int(size.replace(",", "")) for size in re.findall(r"256: (.*) bytes .* step, (.*) back", out)[0])

@@ -226,7 +226,7 @@ def test_the_controls_train(slice_of_mnist, tmp_path):
 @needs_hardware
 def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
     folder = write_slice(mnist, tmp_path, 1000, 500)
-    options = f"--seeds 2 --epochs 1 --reports 1 --workers 1 --data {folder} --validation 100".split()
+    options = f"--seeds 2 --epochs 1 --batch 256 --reports 1 --workers 1 --data {folder} --validation 100".split()
     done = run(tmp_path / "runs", *options, program=CONTROLS)
     first, *printed = done.stdout.splitlines()
     assert re.fullmatch(rf"22 runs, at most about \d+ minutes; logs and weights go to {tmp_path}/runs", first)
