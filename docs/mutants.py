@@ -27,7 +27,7 @@ ARITHMETIC = "flush add subtract multiply divide _flushed"
 NETWORK = "forward activations cross_entropy init"
 ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes gradient_from_slopes es_gradient"
 ES += " mapped _work _of_layers _in_order"
-STEP = "zeros fresh steps losses_of es thinned thinned_gradient score sums"
+STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
     ("fpnl.py", ARITHMETIC, "test_fpnl.py tests/test_arguments.py -k 'golden or flush or scalars or bits or gpu'"),
     ("fpnl.py", NETWORK, "test_fpnl.py tests/test_arguments.py -k 'forward or entropy or logits or transfer or init'"),
