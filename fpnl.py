@@ -152,9 +152,10 @@ def divide(a, b, daz=True, tininess="after"):
 # tiny. Any result that is not flushed is the IEEE result. (From LEAST to TINY, x is rounded to TINY.)
 #
 # float64 can decide whether |x| < LEAST. Products, and sums near TINY, are exact in it. Quotients are rounded, by a
-# relative 2^-53 at most, but not from one side of LEAST to the other: no quotient of two float32 is between TINY -
-# 2^-150 and TINY, as one of 24-bit integers, if it is below 1, is at most 1 - 2^-24. No sum of two float32 is there,
-# either. So "after" and "before" differ on `multiply` alone.
+# relative 2^-53 at most, but none is so near to LEAST: in units of TINY, a quotient of two float32 is m / n, where the
+# smaller of the two integers is below 2^24; if that is m, it is at most m / (m + 1) <= 1 - 2^-24, and LEAST is 1 -
+# 2^-25. So no quotient is between LEAST and TINY, and no sum is, as sums are multiples of 2^-149: "after" and "before"
+# differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -196,7 +197,8 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """h = u S of every layer, [n, width] each; the last are the logits. Arguments and errors: see `forward`."""
-    # ts: if there is a transfer, it is what each hidden layer makes of its sums; the logits' layer has np.positive.
+    # ts: what makes h of the sums where there is a transfer, a function a layer: `transfer`, and for the logits
+    # np.positive, which changes nothing.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
     # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
@@ -204,9 +206,10 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # h @ W / S is u @ W, as S is a power of two. But it is rounded once where it is subnormal, u @ W in each term
-        # and partial sum; and subnormals take 200 times as long on one CPU (not on an AMD EPYC, Zen 3). This division
-        # does not flush. So, if h @ W is 0.49999997, the quotient, TINY - 2^-150, is rounded to TINY, and h is 1/2.
+        # The product u @ W is computed as h @ W / S, equal to it in the real numbers, as h is u S. It is rounded once
+        # where it is subnormal, and not in each term and partial sum; and products of subnormals take 200 times as
+        # long on one CPU (not on an AMD EPYC, Zen 3). This division does not flush. So, if h @ W is 0.49999997, the
+        # quotient, TINY - 2^-150, is rounded to TINY, and h is 1/2.
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))

@@ -4,7 +4,7 @@ project, by evosax and by evotorch.
 
     pip install -e '.[peers]'
     python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
-    python docs/peers.py docs/runs/race --peers main deadzone deadzone-some --seeds 0 1 2
+    python docs/peers.py docs/runs/race --peers main deadzone deadzone-long deadzone-some --seeds 0 1 2
     python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
 
 Population ES mutates all 669,706 weights at once and looks at the loss of a batch, the same for all members of a step.
@@ -187,9 +187,11 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
 BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
+LONGER = BACKPROP | {"lr": 3e-3, "epochs": 14}
 PEERS = {  # name of the log: row of the table, trainer, its settings; of the main job, its own
     "main": ("the main job", functools.partial(loop, "es"), {}),
     "deadzone": ("backprop that knows the dead zone", functools.partial(loop, "deadzone"), BACKPROP),
+    "deadzone-long": ("the same, for more epochs", functools.partial(loop, "deadzone"), LONGER),
     "deadzone-some": ("backprop, dead zone, importance sampling", functools.partial(loop, "deadzone-some"), BACKPROP),
     "signs": ("population ES, signs", functools.partial(population, random_signs), POPULATION),
     "signs-256": ("population ES, signs", functools.partial(population, random_signs), POPULATION | {"members": 256}),
@@ -232,6 +234,7 @@ def main():
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
     add("--seeds", type=train.number(int, 0, math.inf), nargs="+", default=[0], help="one after the other")
+    add("--marks", type=train.SHARE, nargs="+", default=MARKS, help="accuracies to be timed (default: %(default)s)")
     kinds = {name: train.COUNT for name in ("members", "batch")}
     kinds |= {name: train.SIZE for name in ("sigma", "lr", "weight_decay", "beta2", "epochs")}
     for name, kind in kinds.items():
@@ -256,14 +259,15 @@ def main():
             with log as write:
                 rows = race(steps, args.seconds, images, labels, write)
             steps.close()
-            found = [next((at for at, score in rows if score >= mark), math.inf) for mark in MARKS]
+            found = [next((at for at, score in rows if score >= mark), math.inf) for mark in args.marks]
             reached.setdefault(label, []).append(found)
             ended.setdefault(label, []).append(rows[-1][0])
             print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
     reached, ended = ({label: np.mean(of_seeds, axis=0) for label, of_seeds in of.items()} for of in (reached, ended))
     base = reached.get(PEERS["main"][0])
     print(
-        f"\n{f'seconds to an accuracy of, mean of {len(args.seeds)} seeds':75}" + "".join(f"{m:>19.1%}" for m in MARKS)
+        f"\n{f'seconds to an accuracy of, mean of {len(args.seeds)} seeds':75}"
+        + "".join(f"{m:>19.1%}" for m in args.marks)
     )
     for label, seconds in reached.items():
         least = [("" if at < math.inf else "> ", min(at, ended[label])) for at in seconds]
