@@ -152,10 +152,10 @@ def divide(a, b, daz=True, tininess="after"):
 # tiny. Any result that is not flushed is the IEEE result. (From LEAST to TINY, x is rounded to TINY.)
 #
 # float64 can decide whether |x| < LEAST. Products, and sums near TINY, are exact in it. Quotients are rounded, by a
-# relative 2^-53 at most, but none is so near to LEAST: in units of TINY, a quotient of two float32 is m / n, where the
-# smaller of the two integers is below 2^24; if that is m, it is at most m / (m + 1) <= 1 - 2^-24, and LEAST is 1 -
-# 2^-25. So no quotient is between LEAST and TINY, and no sum is, as sums are multiples of 2^-149: "after" and "before"
-# differ on `multiply` alone.
+# relative 2^-53 at most, but none is so near to LEAST: in units of TINY, a quotient of two float32 is m / n, integers
+# below 2^24, one of them times a power of two. If m < n, then m < 2^24 in either case, and m / n <= m / (m + 1) <= 1 -
+# 2^-24, while LEAST is 1 - 2^-25; else m / n >= 1. So no quotient is between LEAST and TINY, and no sum is, as sums are
+# multiples of 2^-149: "after" and "before" differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -213,7 +213,7 @@ def activations(params, x, ftz=True, scale=SCALE, transfer=None):
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
         with flags:
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
-        # u S is exact, and 0 or at least S TINY: to flush it would change nothing.
+        # u S is exact, and where u is flushed it is 0 or at least S TINY: to flush it, too, would change nothing.
         hs.append(u * scale if transfer is None else t(u))
     return hs[1:]
 
@@ -266,7 +266,7 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
 # `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
-# the first `acting` layers: in one, but in all if nothing flushes (ftz=False, or with a `transfer`).
+# the first layer, but in all if nothing flushes (ftz=False, or with a `transfer`): `acting` counts those layers.
 #
 # WHY ALONG a. ES estimates a gradient as the mean of (L(V + sigma e) - L(V - sigma e)) e / (2 sigma), with e ~ N(0, 1)
 # for each of all N weights. With M such pairs of members, the noise is about sqrt(N / M) times as long as the gradient,
@@ -304,7 +304,8 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # noise. p is a linear surrogate of the loss, made of measured slopes. (With the same s', backprop would have s_j =
 # t'(z_j) (W' s')_j; that is p_j / (2 e_j d) with the derivative in the place of c_j / (2 e_j d).)
 #
-# THE COST of an example's losses, with H hidden layers of m units, if only what a mutation changes is computed again:
+# THE COST of an example's losses, with H hidden layers of m units, if only what a mutation changes is computed again
+# (here: with H = 2, m = 512, k = 4):
 #
 #     2 ((H - 1) m / k + m + classes)                              losses: 2 (512 / 4 + 512 + 10) = 1,300 here
 #     2 (H - 1) m^2 (1 + classes / k) + (H - 1) (H - 2) m^3 / k    multiplications, about: 1.8 million here
