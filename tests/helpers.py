@@ -9,7 +9,6 @@ import pathlib
 import platform
 import re
 import shutil
-import struct
 import subprocess
 import sys
 
@@ -20,10 +19,11 @@ import fpnl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RNG = np.random.default_rng
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 slow = pytest.mark.slow
 
 
-# --- Bits ---------------------------------------------------------------------------------------------
+# --- Bits, networks and data sets -----------------------------------------------------------------------
 
 
 def bits(x):
@@ -39,19 +39,12 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(bits(a), bits(b), strict=True)
 
 
-def has_hardware():
-    with contextlib.suppress(RuntimeError), fpnl.hardware_ftz():
-        return True
-    return False
-
-
 # On Linux x86-64, where the switch is verified, its absence is a failure and not a skip.
-HARDWARE = has_hardware() or (platform.system(), platform.machine()) == ("Linux", "x86_64")
+HARDWARE = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+with contextlib.suppress(RuntimeError), fpnl.hardware_ftz():
+    HARDWARE = True
 needs_hardware = pytest.mark.skipif(not HARDWARE, reason="fpnl cannot switch this CPU to flush-to-zero")
 hardware = pytest.param("hardware", marks=needs_hardware)
-
-
-# --- Networks and data sets ----------------------------------------------------------------------------
 
 
 def example(sizes=(12, 10, 9, 5), n=6, seed=0):
@@ -64,21 +57,18 @@ def accuracy(logits, labels):
     return np.mean(logits.argmax(axis=1) == labels)
 
 
-IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-
-
 def idx(array, code=0x08):
     """The content of an IDX file."""
     array = np.asarray(array, {0x08: ">u1", 0x0D: ">f4", 0x0B: ">i2"}[code])
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
+    return bytes([0, 0, code, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
-def write_set(folder, train=60, test=20, shape=(4, 5), spelling="{}-idx{}-ubyte", end="", classes=10):
+def write_set(folder, train=60, test=20, spelling="{}-idx{}-ubyte", end="", classes=10):
     """A small data set, and what `data.load` should make of it."""
     folder.mkdir(exist_ok=True)
     rng, arrays = RNG(1), []
     for part, n in (("train", train), ("t10k", test)):
-        x, y = rng.integers(0, 256, (n, *shape)), rng.permutation(np.arange(n) % classes)
+        x, y = rng.integers(0, 256, (n, 4, 5)), rng.permutation(np.arange(n) % classes)
         for kind, a in (("images", x), ("labels", y)):
             content = gzip.compress(idx(a)) if end else idx(a)
             (folder / (f"{part}-" + spelling.format(kind, a.ndim) + end)).write_bytes(content)
@@ -88,14 +78,15 @@ def write_set(folder, train=60, test=20, shape=(4, 5), spelling="{}-idx{}-ubyte"
 
 def write_slice(mnist, folder, train, test):
     """Of MNIST, the first images of both sets, as files."""
-    for part, x, y in (("train", mnist[0][:train], mnist[1][:train]), ("t10k", mnist[2][:test], mnist[3][:test])):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(x.reshape(-1, 28, 28)))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y))
+    for part, n, x, y in (("train", train, *mnist[:2]), ("t10k", test, *mnist[2:])):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(x[:n].reshape(n, 28, 28)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y[:n]))
     return folder
 
 
 # --- Programs ------------------------------------------------------------------------------------------
 
+DEFAULTS = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 PYTHON = [sys.executable, "-u"]
 TRAIN = [*PYTHON, "train.py"]
 # Started as the README says. On one machine: three MPI processes, two dask workers.
@@ -103,16 +94,16 @@ MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{o
 WITH_MPI = [MPIEXEC, *"-n 3 -genv MPIR_CVAR_NOLOCAL 1".split(), *PYTHON, "-m", "mpi4py.futures"]
 MPI = [*WITH_MPI, "train.py", "--engine", "mpi"]
 DASK = [*TRAIN, *"--engine dask --workers 2".split()]
-install = "pip install {}, for this test".format
-needs_mpi = pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason=install("mpi4py mpich"))
-needs_dask = pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason=install("distributed"))
+needs_mpi = pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="pip install mpi4py mpich")
+needs_dask = pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="pip install distributed")
 ENGINES = [pytest.param(e, marks=[needs, slow]) for e, needs in ((MPI, needs_mpi), (DASK, needs_dask))]
+# A run on 10,000 images, whose steps take seconds.
+ENDLESS = "--batch 10000 --block 1 --importance 0 --save".split()
 
 
 def start(*arguments, program=TRAIN, lines=0, **how):
     """A program of the project that goes on, when it has told so many lines: subprocess.Popen, its streams pipes."""
-    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | how
-    child = subprocess.Popen([*map(str, [*program, *arguments])], **how)
+    child = subprocess.Popen([*map(str, [*program, *arguments])], **DEFAULTS | how)
     for _ in range(lines):
         child.stdout.readline()
     return child
@@ -120,14 +111,9 @@ def start(*arguments, program=TRAIN, lines=0, **how):
 
 def run(*arguments, program=TRAIN, check=True, timeout=300, **how):
     """The same to its end; with `check`, it must succeed and have no errors to tell."""
-    with start(*arguments, program=program, **how) as child:
-        try:
-            out, errors = child.communicate(timeout=timeout)
-        except BaseException:
-            child.kill()
-            raise
-    assert not check or (child.returncode, errors) == (0, ""), errors
-    return subprocess.CompletedProcess(child.args, child.returncode, out, errors)
+    done = subprocess.run([*map(str, [*program, *arguments])], timeout=timeout, **DEFAULTS | how)
+    assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done
 
 
 def run_program(folder, code, *arguments, program=PYTHON, **how):
@@ -143,10 +129,6 @@ def family(pid):
     for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
         for child in (thread / "children").read_text("utf-8").split():
             yield from family(int(child))
-
-
-# A run on 10,000 images, whose steps take seconds.
-ENDLESS = "--batch 10000 --block 1 --importance 0 --save".split()
 
 
 def log_of(path):

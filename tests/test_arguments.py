@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import HARDWARE, PYTHON, RNG, ROOT, assert_same_bits, example, needs_hardware, run, slow
+from helpers import HARDWARE, PYTHON, RNG, ROOT, assert_same_bits, example, needs_hardware, run
 
 import fpnl
 from test_fpnl import MODES, OPS, RULES, TINY, cpu_mode, flags, grid, some
@@ -18,44 +18,38 @@ from test_fpnl import MODES, OPS, RULES, TINY, cpu_mode, flags, grid, some
 
 
 class Other:
-    """An array of another library, which NumPy may read, or may not: `refuses` is what it raises then."""
+    """An array of another library, which raises this error when NumPy asks for its values."""
 
-    def __init__(self, array, refuses=None):
-        self.array, self.refuses = array, refuses
+    def __init__(self, error):
+        self.error = error
 
     def __array__(self, dtype=None, copy=None):
-        if self.refuses:
-            raise self.refuses
-        return np.array(self.array, dtype)
-
-    def __len__(self):
-        return len(self.array)
+        raise self.error
 
 
 def moved(a, offset, order):
     """In another order, at an address that is so many bytes past a multiple of 64: BLAS takes other kernels for it."""
     raw = np.zeros(a.nbytes + 128, np.uint8)
-    raw = raw[-raw.ctypes.data % 64 + offset :][: a.nbytes]
-    raw[:] = np.frombuffer(a.tobytes(order), np.uint8)
-    return np.ndarray(a.shape, a.dtype, raw, order=order)
+    there = np.ndarray(a.shape, a.dtype, raw, -raw.ctypes.data % 64 + offset, order=order)
+    there[...] = a
+    return there
 
 
 KINDS = {  # of the same values
-    "matrix": lambda a: a.view(np.matrix) if a.ndim == 2 else a,
     "subclass": lambda a: a.view(np.recarray),
     "strided": lambda a: np.repeat(a, 3, axis=-1)[..., ::3],
     "Fortran": np.asfortranarray,
-    **{f"moved {n} {order}": functools.partial(moved, offset=n, order=order) for n in (1, 4, 33) for order in "CF"},
+    **{f"moved {n} {order}": functools.partial(moved, offset=n, order=order) for n in (1, 4) for order in "CF"},
     "other byte order": lambda a: a.astype(a.dtype.newbyteorder()),
     "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
-    "another library's": Other,
+    "another library's": memoryview,
 }
 NOT_IN_PLACE = [*KINDS][-3:]
 REFUSED = {
+    "float64": (lambda a: np.zeros(a.shape), "expected float32 .*, found float64"),
     "masked": (lambda a: np.ma.array(a, mask=a > 0), "expected an array without a mask, found a masked one"),
-    "no mask": (np.ma.array, "expected an array without a mask, found a masked one"),
-    "with a gradient": (lambda a: Other(a, RuntimeError("on the GPU")), "expected an array, found Other: on the GPU"),
-    "of a GPU": (lambda a: Other(a, TypeError("use .get()")), "expected an array, found Other: use .get"),
+    "with a gradient": (lambda a: Other(RuntimeError("on the GPU")), "expected an array, found Other: on the GPU"),
+    "of a GPU": (lambda a: Other(TypeError("use .get()")), "expected an array, found Other: use .get"),
 }
 
 
@@ -64,9 +58,8 @@ def arguments(sizes=(12, 10, 9, 5), n=7):
     params, x, labels = example(sizes, n)
     rng, net, weights = {"rng": RNG(2)}, {"params": params, "x": x}, np.linspace(0, 1, n, dtype=np.float32)
     es = net | {"labels": labels, "signs": fpnl.mutation_signs(RNG(1), params, n)}
-    pgmv = {
-        name: [np.full_like(a, 2.0**e) for a in fpnl.leaves(params)] for name, e in zip("pgmv", (-9, -63, -130, -140))
-    }
+    exponents = {"p": -9, "g": -63, "m": -130, "v": -140}
+    pgmv = {name: [np.full_like(a, 2.0**e) for a in fpnl.leaves(params)] for name, e in exponents.items()}
     return {
         **dict.fromkeys(OPS, dict(zip("ab", some()))),
         **dict.fromkeys(("forward", "activations"), net),
@@ -114,28 +107,20 @@ def test_what_passes_a_check_is_what_is_computed_with(name, kind):
     assert {*map(type, found)} == {np.ndarray}
 
 
-@slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "moved" in kind])
-def test_the_real_networks_bits_do_not_depend_on_where_it_lies(kind):
-    given, there = (arguments((784, 512, 512, 10), 3)["es_gradient"] for _ in range(2))
-    there = {key: converted(value, KINDS[kind]) for key, value in there.items()}
-    assert_same_bits(fpnl.es_gradient(**there), fpnl.es_gradient(**given))
-
-
 @pytest.mark.parametrize("kind", REFUSED)
 @all_that_take_arrays
 def test_what_would_lose_something_is_refused_by_name(name, kind):
-    """Each argument alone, of a list its last array, before any work."""
+    """Each array alone, also one in a list, before any work."""
     refused, says = REFUSED[kind]
     for argument, value in arguments()[name].items():
-        *arrays, last = fpnl.leaves(value)
-        if isinstance(last, np.ndarray):
-            bad, given = iter([*arrays, refused(last)]), arguments()[name]
-            given[argument] = converted(value, lambda _, bad=bad: next(bad))
-            before = state(given)
-            with pytest.raises(TypeError, match=r"^\w+: " + says):
-                results(name, given)
-            assert state(given) == before
+        for array in fpnl.leaves(value):
+            if isinstance(array, np.ndarray) and (kind != "float64" or array.dtype == np.float32):
+                bad = converted(value, lambda a, array=array: refused(a) if a is array else a)
+                given = arguments()[name] | {argument: bad}
+                before = state(given)
+                with pytest.raises(TypeError, match=r"^\w+: " + says):
+                    results(name, given)
+                assert state(given) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +128,7 @@ def test_what_would_lose_something_is_refused_by_name(name, kind):
 def test_adamw_changes_arrays_in_place_or_not_at_all(place, kind):
     """Of any layout, and several chunks of a large one; but no copy, which would be changed in their stead."""
     given = arguments((300, 200, 2))["adamw"]
-    array, given[place][0] = given[place][0], KINDS[kind](given[place][0].copy())
+    given[place][0] = KINDS[kind](given[place][0])
     before = state(given)
     if kind in NOT_IN_PLACE:
         with pytest.raises(ValueError, match="p, m, v: expected NumPy's own arrays"):
@@ -152,62 +137,49 @@ def test_adamw_changes_arrays_in_place_or_not_at_all(place, kind):
     else:
         found, expected = results("adamw", given), results("adamw", arguments((300, 200, 2))["adamw"])
         assert_same_bits([*map(np.asarray, found)], expected)
-        assert not np.array_equal(given[place][0], array)
 
 
 ALL_OPS, NETS = " ".join(OPS), "forward activations es_slopes es_gradient es_gradient_plain"
 ES, GRADIENT = "es_slopes es_gradient es_gradient_plain", "es_gradient es_gradient_plain"
 PARAMS, X, Y = example(n=7)
-WIDE, ACTING = [(W.astype(float), b) for W, b in PARAMS], [(W, b - np.float32(0.5)) for W, b in PARAMS]
-NARROW, NONE = [(W, b[1:]) for W, b in PARAMS], [(PARAMS[0][0][:, :0], PARAMS[0][1][:0])]
+NARROW, NONE = [(W, b[1:]) for W, b in PARAMS], [(W[:, :0], b[:0]) for W, b in PARAMS]
 NOT_32, NO_FLAG = [1.0, 1, None, [1.0], np.float64(1), np.ones(5), np.ones(5, "e")], ["off", 2, 1, 0.0, None]
 NO_COUNT = [0, 1.5, "8"]
 NO_WEIGHTS = [np.float32([1] * 6 + [w]) for w in (-1e-9, np.inf, np.nan)] + [np.ones(5, "f")]
 BAD = [  # functions, arguments, values that are refused, how (N: the argument's name)
     (ALL_OPS, "a b", NOT_32, TypeError, "operand: expected float32 .*, found"),
-    ("flush", "x", NOT_32, TypeError, "operand: expected float32 .*, found"),
-    (ALL_OPS, "b", [np.ones(4, "f")], ValueError, "broadcast"),
     (ALL_OPS, "tininess", ["during"], ValueError, r"N: expected one of \('after', 'before'\), found 'during'"),
     (ALL_OPS, "daz", NO_FLAG, ValueError, r"N: expected one of \(True, False\), found"),
     ("hardware_ftz", "daz ftz", [*NO_FLAG, flags], ValueError, r"N: expected one of \(True, False\), found"),
     ("init", "sizes", [(), (5,), (5, 0)], ValueError, "N: expected at least two positive widths, found"),
     (f"init mutation_signs {GRADIENT}", "rng", [0, np.random.RandomState(0)], TypeError, "N: expected a numpy.random"),
     (NETS, "params", [[]], ValueError, r"N: expected \[\(W, b\), ...\]"),
-    (NETS, "params", [WIDE], TypeError, "W1: expected float32 .*, found float64"),
     (NETS, "params", [PARAMS[::-1], NARROW, NONE], ValueError, r"layer 1: expected W \[12, n\], b \[n\], n > 0, found"),
-    (NETS, "x", [X.astype(float), X.tolist()], TypeError, "N: expected float32 .*, found float64"),
-    (NETS, "x", [X[:, 1:]], ValueError, r"layer 1: expected W \[11, n\]"),
-    (NETS, "x", [X[0], X[0, 0]], ValueError, r"layer 1: expected W \[shape \((12,)?\), n\]"),
-    (NETS, "ftz", ["off", 2, 1, 0.0, None, X], ValueError, r"N: expected one of \(True, False, 'hardware'\), found"),
+    (NETS, "x", [X[:, 1:], X[0], X[0, 0]], ValueError, r"layer 1: expected W \[(11|shape \((12,)?\)), n\]"),
+    (NETS, "ftz", [*NO_FLAG, X], ValueError, r"N: expected one of \(True, False, 'hardware'\), found"),
     (NETS, "scale", [2.0**125, 1, None], TypeError, "N: expected float32"),
     (NETS, "scale", [*np.float32([0, 0.5, 3, -2, 2.0**127, np.nan])], ValueError, "N: expected a power of two from 1"),
     (NETS, "transfer", ["tanh", lambda z: z.astype(float), X], TypeError, "N's result: expected float32 .*, found"),
     (NETS, "transfer", [lambda z: z[0]], ValueError, "N: expected a result of its argument's shape"),
-    (ES, "params", [ACTING], ValueError, r"later biases: expected \|b\| < S TINY"),
     (ES, "x", [X[:0]], ValueError, "labels: expected 0 >= 1 rows, as in x"),
     (ES, "labels", [Y[1:], Y[0]], ValueError, "N: expected 7 >= 1 rows, as in x, found"),
-    ("cross_entropy", "labels", [Y[1:], Y[0]], ValueError, r"N: expected shape \(7,\), found shape \((6,)?\)"),
-    (f"{ES} cross_entropy", "labels", [Y[:, None]], ValueError, r"N: expected shape \(7,\), found shape \(7, 1\)"),
+    ("cross_entropy", "labels", [Y[1:], Y[0], Y[:, None]], ValueError, r"N: expected shape \(7,\), found shape \("),
     (f"{ES} cross_entropy", "labels", [Y.astype("f"), Y > 1], TypeError, "N: expected integers, found"),
     (f"{ES} cross_entropy", "labels", [Y + 5, Y - 5], ValueError, r"N: expected all in \[0, 5\), found \["),
     ("cross_entropy", "logits", [X[:0], X[0]], ValueError, r"N: expected \[..., n, classes\], n >= 1, found shape \("),
-    ("cross_entropy", "logits", [X.astype(float)], TypeError, "N: expected float32 .*, found float64"),
     ("cross_entropy", "smoothing", [-0.1, 1.1, np.nan], ValueError, "N: expected a share from 0 to 1, found"),
     (ES, "sigma", [0, -1, 2.0**-127, np.inf, np.nan, "1"], ValueError, "N: expected finite, >= 2"),
     (ES, "block", [*NO_COUNT, None], ValueError, "N: expected an integer >= 1, found"),
     (ES, "control_variate", NO_FLAG, ValueError, r"N: expected one of \(True, False\), found"),
     (ES, "losses", [lambda o, y: o.sum(-1, float)], TypeError, "result of N: expected float32"),
     (ES, "losses", [lambda o, y: o], ValueError, "N: expected .* for logits"),
-    (ES, "jitter", [0.1], TypeError, "jitter"),
     ("es_slopes", "signs", [np.ones((5, 24)), np.zeros((7, 24))], ValueError, r"N: expected shape \(7, 24\) of -1 and"),
-    (GRADIENT, "weights", [np.ones(7)], TypeError, "N: expected float32 .*, found float64"),
     (GRADIENT, "weights", NO_WEIGHTS, ValueError, "N: expected 7 finite numbers >= 0, found"),
     ("es_gradient", "task workers", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
     ("adamw", "step", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
     ("adamw", "lr weight_decay", [-0.1, np.nan, np.inf, 1e300], ValueError, "lr, weight_decay, beta1, beta2, eps: exp"),
     ("adamw", "beta1 beta2", [1.0, -0.1], ValueError, "lr, weight_decay, beta1, beta2, eps: .* beta < 1"),
     ("adamw", "eps", [0.0], ValueError, "lr, weight_decay, beta1, beta2, eps: expected .* eps > 0"),
-    ("adamw", "p g", [fpnl.leaves(WIDE)], TypeError, "N: expected float32 .*, found float64"),
     ("adamw", "g m", [fpnl.leaves(PARAMS)[::-1], [PARAMS[0][0]]], ValueError, "p, g, m, v: expected the same shapes"),
 ]  # fmt: skip
 
@@ -242,13 +214,8 @@ def everything(these):
     return [results(name, pickle.loads(pickle.dumps(given))) for name, given in these]
 
 
-@functools.cache
-def ordinary():
-    return everything(calls())
-
-
 AROUND = [pytest.param(functools.partial(cpu_mode, *mode), marks=needs_hardware, id=f"{mode}") for mode in MODES]
-AROUND += [pytest.param(functools.partial(np.errstate, all=how), id=how) for how in ("raise", "warn", "ignore")]
+AROUND += [pytest.param(functools.partial(np.errstate, all=how), id=how) for how in ("raise", "warn")]
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -258,27 +225,25 @@ def test_bits_depend_on_the_arguments_alone(around):
         before = flags(), np.geterr()
         found = everything(calls())
         assert (flags(), np.geterr()) == before
-    assert_same_bits(found, ordinary())
+    assert_same_bits(found, everything(calls()))
 
 
 CHILD = """
 import ctypes, pickle, sys
-libm, env, mode = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 8)(), int(sys.argv[1], 16)
+libm, env = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 8)()
 libm.fegetenv(env)
-env[7] |= mode
+env[7] |= 0x8040
 libm.fesetenv(env)
 import test_arguments
-found = test_arguments.everything(pickle.load(open(sys.argv[2], "rb")))
-pickle.dump(found, open(sys.argv[2], "wb"))
-libm.fegetenv(env)
-assert env[7] & mode == mode
+found = test_arguments.everything(pickle.load(open(sys.argv[1], "rb")))
+assert test_arguments.flags() == (True, True)
+pickle.dump(found, open(sys.argv[1], "wb"))
 """
 
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="by hand on Linux x86-64")
-@pytest.mark.parametrize("mode", ["8000", "0040", "8040"])
-def test_bits_when_numpy_is_imported_into_a_process_that_flushes(tmp_path, mode):
-    """FTZ, DAZ and both, set before NumPy and fpnl are imported."""
+def test_bits_when_numpy_is_imported_into_a_process_that_flushes(tmp_path):
+    """FTZ and DAZ are set before NumPy and fpnl are imported."""
     (tmp_path / "calls").write_bytes(pickle.dumps(calls()))
-    run("-c", CHILD, mode, tmp_path / "calls", program=PYTHON, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}"})
-    assert_same_bits(pickle.loads((tmp_path / "calls").read_bytes()), ordinary())
+    run("-c", CHILD, tmp_path / "calls", program=PYTHON, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}"})
+    assert_same_bits(pickle.loads((tmp_path / "calls").read_bytes()), everything(calls()))

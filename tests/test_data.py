@@ -1,7 +1,6 @@
 """data.py: data sets, logs and weights as files. What is damaged is refused by name; what is saved is complete or not
 there at all."""
 
-import errno
 import gzip
 import hashlib
 import io
@@ -9,69 +8,50 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
-import stat
-import struct
 import zipfile
 
 import numpy as np
 import pytest
-from helpers import IMAGES, LABELS, RNG, assert_same_bits, assert_same_run, idx, in_steps, log_of, saved, write_set
+from helpers import IMAGES, LABELS, RNG, assert_same_bits, idx, in_steps, log_of, saved, write_set
 
 import data
 import fpnl
 
 
 def mutated(rng, content, start=0):
-    """From `start` on, a bit flipped; at times four other bytes, or a cut."""
+    """From `start` on, a bit flipped; at times a cut."""
     at = rng.integers(start, len(content))
     flipped = content[:at] + bytes([content[at] ^ 1 << rng.integers(8)]) + content[at + 1 :]
-    other = content[:at] + rng.bytes(4) + content[at + 4 :]
-    return [content[:at], other, *[flipped] * 18][rng.integers(20)]
+    return flipped if rng.integers(20) else content[:at]
 
 
 # --- Data sets ------------------------------------------------------------------------------------------
 
-SHA256 = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
 
-
-def test_embedded_mnist_is_the_published_one(mnist):
-    for name, digest in SHA256.items():
-        assert hashlib.sha256(gzip.decompress((data.MNIST / f"{name}.gz").read_bytes())).hexdigest() == digest, name
-    assert [a.shape for a in mnist] == [(60000, 784), (60000,), (10000, 784), (10000,)]
-    assert {a.dtype for a in mnist} == {np.dtype("u1")} and mnist[1][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    x = data.pixels(mnist[2][:100])
-    assert x.dtype == np.float32 and x.min() == 0 and x.max() == 1
+def test_embedded_mnist_is_the_published_one():
+    assert {p.name: hashlib.sha256(gzip.decompress(p.read_bytes())).hexdigest() for p in data.MNIST.glob("*.gz")} == {
+        "train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte.gz": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte.gz": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    }
 
 
 @pytest.mark.parametrize("spelling", ["{}-idx{}-ubyte", "{}.idx{}-ubyte"])
 @pytest.mark.parametrize("end", ["", ".gz"])
 def test_load_takes_either_spelling_gzipped_or_plain(tmp_path, spelling, end):
     expected = write_set(tmp_path, spelling=spelling, end=end)
-    for folder in (tmp_path, str(tmp_path)):
-        np.testing.assert_equal([*data.load(folder)], expected)
+    np.testing.assert_equal([*data.load(str(tmp_path))], expected)
 
 
-def test_load_takes_float_images(tmp_path):
-    write_set(tmp_path)
-    images = RNG(2).random((60, 4, 5), dtype=np.float32)
-    for part, n in (("train", 60), ("t10k", 20)):
-        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images[:n], 0x0D))
-    assert_same_bits(data.pixels(data.load(tmp_path)[0]), images.reshape(60, 20))
-
-
-@pytest.mark.parametrize("classes", [2, 26, 47, 62])
+@pytest.mark.parametrize("classes", [2, 62])
 def test_the_number_of_classes_comes_from_the_labels(tmp_path, call, classes):
     """As of EMNIST; the command takes it over, and what it saves has it."""
     path, source = tmp_path / "w.npz", ["--data", tmp_path / "set"]
     write_set(tmp_path / "set", train=300, test=100, classes=classes)
     assert f"20-8-{classes} network" in call(*source, *"--hidden 8 --batch 50 --epochs 1 --save".split(), path)[1]
-    assert saved(path)["W2"].shape == (8, classes) and f'"sizes": [20, 8, {classes}]' in str(saved(path)["settings"])
     _, *table, _ = call(*source, "--evaluate", path)[1].splitlines()
     assert len(table) == classes and sum(int(cell) for row in table for cell in row.split("\t")[1:-1]) == 100
 
@@ -90,9 +70,7 @@ def test_a_missing_file_or_folder(tmp_path):
     """The last is a folder of the file's name, as some programs unpack it."""
     folder, labels = tmp_path / "set", tmp_path / "set" / LABELS
     for change, says in [
-        (lambda: None, "set: expected a folder with the four files of MNIST, found none"),
         (folder.mkdir, "expected an IDX file, one of train-images.*, found nothing$"),
-        ((folder / "train.csv").touch, "expected an IDX file, one of .*, found train.csv$"),
         (lambda: (write_set(folder), labels.unlink()), f"{LABELS}, .*idx1-ubyte.gz, found t10k-images-idx3-ubyte, tra"),
         (labels.mkdir, f"{LABELS}: expected a file, found a folder: move the file that is in it to {folder}"),
     ]:
@@ -101,20 +79,15 @@ def test_a_missing_file_or_folder(tmp_path):
             data.load(folder)
 
 
-GOOD, NAN = idx(np.ones((60, 4, 5))), np.where(np.arange(1200) == 99, np.nan, 0.5).reshape(60, 4, 5)
 BROKEN = [
     (IMAGES, b"", "starts with 00000803 or 00000d03 .hex., found nothing"),
     (IMAGES, b"<!DOCTYPE html>", "starts with 00000803 .*, found 3c21444f: copy it again$"),  # a saved error page
-    (IMAGES, GOOD[:-1], "expected 1200 bytes for shape .60, 4, 5., found 1199"),
     (IMAGES, idx(np.zeros((60, 4, 5)), 0x0B), "of unsigned bytes or float32, .* found 00000b03$"),  # sound, int16
-    (IMAGES, idx(np.zeros(60)), "of 3 dimensions, .* found 00000801$"),
     (IMAGES, idx(np.zeros((60, 4, 6))), "t10k-images.*expected images of .4, 6. as in train-images.*found .4, 5."),
     (IMAGES, idx(np.zeros((0, 4, 5))), "expected images, found shape .0, 4, 5."),
-    (IMAGES, idx(np.zeros((59, 4, 5))), "train-labels.*expected 59 labels.*found 60"),
-    (IMAGES, gzip.compress(GOOD)[:-9], "expected a gzip file, found a damaged one"),
-    (IMAGES, idx(NAN, 0x0D), r"expected float pixels in \[0, 1\], found nan"),
     (IMAGES, idx(np.full((60, 4, 5), 1.5), 0x0D), r"expected float pixels in \[0, 1\], found 1.5 to 1.5"),
     (LABELS, idx(np.arange(20)), "expected labels 0 to 9 .unsigned bytes., .* found 0 to 19 .uint8."),
+    (IMAGES, idx(np.zeros((59, 4, 5))), "train-labels.*expected 59 labels.*found 60"),
     (LABELS, idx(np.zeros(19)), "expected 20 labels, one for each image of t10k-images-idx3-ubyte, found 19"),
     (LABELS, idx(np.zeros(20), 0x0D), "expected labels 0 to 9 .unsigned bytes., .* found 0.0 to 0.0 .float32."),
     ("train-labels-idx1-ubyte", idx(np.full(60, 3)), "of two classes at least to train on, found 3 to 3 .uint8."),
@@ -130,20 +103,19 @@ def test_load_names_the_file_what_was_expected_and_what_was_found(tmp_path, name
 
 
 def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
-    """Flipped bits, cuts, wrong counts, other bytes; plain and gzipped: what a plain reader reads, or ValueError."""
+    """Of bytes and of floats, plain and gzipped: what a plain reader reads, or ValueError."""
     rng, path, loaded = RNG(10), tmp_path / "mutated", 0
     for i in range(1000):
-        sound = idx(rng.integers(0, 256, (6, 4, 3)))
-        counts = struct.pack(">3I", *rng.choice([0, 1, 3, 4, 6, 12, 2**16, 2**32 - 1], 3))
-        others = [sound[:4] + counts + sound[16:], sound[:16] + rng.bytes(72), sound[: rng.integers(88)], rng.bytes(20)]
-        plain = [mutated(rng, sound, start=4 * (i % 3 > 0)), *others][i % 5]  # two in three have a good magic number
+        sound = idx(rng.integers(0, 256, (6, 4, 3)), rng.choice([0x08, 0x0D]))
+        plain = mutated(rng, sound, start=4 * (i % 3 > 0))  # two in three have a good magic number
         content = gzip.compress(plain) if i % 2 else plain
         path.write_bytes(mutated(rng, content) if i % 14 == 7 else content)
-        magic, *shape = struct.unpack(">4I", plain[:16].ljust(16))
-        good = magic == 0x803 and len(plain) == 16 + math.prod(shape)
+        magic, *shape = np.frombuffer(plain[:16].ljust(16), ">u4").tolist()
+        good = len(plain) == 16 + math.prod(shape) * {0x803: 1, 0xD03: 4}.get(magic, math.nan)
         try:
             found = data.read_idx(path, 3)
-            assert good and found.shape == tuple(shape) and found.tobytes() == plain[16:]
+            assert good and found.shape == tuple(shape) and found.dtype.isnative
+            assert found.astype(found.dtype.newbyteorder(">")).tobytes() == plain[16:]
             loaded += 1
         except ValueError as error:
             assert (i % 14 == 7 or not good) and str(error).startswith(f"{path}: expected ")
@@ -152,38 +124,23 @@ def test_1000_mutated_files_load_exactly_or_not_at_all(tmp_path):
 
 # --- Where a file is to be written, and logs ------------------------------------------------------------
 
-
-def device(path):
-    """Another null; never a device of the machine: whoever may replace it would."""
-    try:
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    except PermissionError:
-        pytest.skip("needs root, to make a device")
-
-
 NO_FILE = {
-    "device": device,
-    "device link": lambda path: (device(f"{path}.device"), path.symlink_to(f"{path}.device")),
-    "pipe": os.mkfifo,
+    "link to a pipe": lambda path: (os.mkfifo(f"{path}.pipe"), path.symlink_to(f"{path}.pipe")),
     "folder": os.mkdir,
-    "link into nowhere": lambda path: path.symlink_to("/nowhere/w.npz"),
     "link to where nobody may write": lambda path: path.symlink_to("/proc/w.npz"),
-    "link to itself": lambda path: path.symlink_to(path),
     "write-protected": lambda path: path.touch(),  # by what os.access says: no mode stops root
 }
+NO_LOG = ["folder", "write-protected"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
-@pytest.mark.parametrize(("option", "kind"), [*(("--save", kind) for kind in NO_FILE), ("--log", "write-protected")])
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize(("option", "kind"), [*(("--save", k) for k in NO_FILE), *(("--log", k) for k in NO_LOG)])
 def test_what_is_no_file_to_write_to_is_refused_before_the_run(small, tmp_path, call, monkeypatch, option, kind):
     path = tmp_path / "w.npz"
     NO_FILE[kind](path)
-    before = os.lstat(path)[:7]  # all but the times
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK or kind != "write-protected")
     says = f"{path}: expected a {'regular ' * (option == '--save')}file in a folder to write to, found none"
-    says = f"[Errno {errno.ELOOP}] {os.strerror(errno.ELOOP)}: '{path}'" if kind == "link to itself" else says
     assert call(*small, "--epochs", 0, option, path) == (2, "", f"train.py: error: {says}\n")
-    assert os.lstat(path)[:7] == before
 
 
 def test_the_log_repeats_the_rows(small, tmp_path, call):
@@ -199,20 +156,15 @@ def test_the_log_repeats_the_rows(small, tmp_path, call):
 
 def test_a_log_that_goes_on_has_each_row_once(small, tmp_path, call, monkeypatch):
     """After Ctrl-C, after a row was cut by a kill, and after a row whose weights were not saved any more."""
-    log, path, whole, another = (tmp_path / name for name in ("log", "w.npz", "whole.npz", "another"))
-    small = [*small, "--epochs", 2, "--reports", 6]
-    call(*small, "--save", whole)
+    log, path, another = (tmp_path / name for name in ("log", "w.npz", "another"))
     in_steps(monkeypatch, lambda step, _: step == 26 and signal.raise_signal(signal.SIGINT))
-    call(*small, "--save", path, "--log", log)
-    before = log.read_text("utf-8") + "1,1.0,2.0,3.0,4.0,5.0,6.0,7.0\n2,1"
-    log.write_text(before)
+    call(*small, "--epochs", 2, "--reports", 6, "--save", path, "--log", log)
+    log.write_text(log.read_text("utf-8") + "1,1.0,2.0,3.0,4.0,5.0,6.0,7.0\n2,1")
     resume = ["--data", small[1], "--resume", path, "--reports", 6, "--log"]
     call(*resume, log, "--save", path)
     text = log.read_text("utf-8")
-    assert text.startswith(f"{before}\n")  # the row was ended first
     epochs = [line.partition(",")[0] for line in text.splitlines()[3:]]
     assert epochs == ["0", "0.333333", "0.666667", "0.833333", "1", "2", "1.33333", "1.66667", "2"]
-    assert_same_run(path, whole)
     call(*resume, log)
     assert log.read_text("utf-8") == text  # a finished run has nothing to add
     call(*resume, another)
@@ -230,14 +182,9 @@ def test_a_run_does_not_go_on_in_the_log_of_another_or_in_its_own_weights(small,
 
 
 CORES = [
-    (8, "0::/", {"cpu.max": "max 100000"}),
-    (2, "0::/", {"cpu.max": "200000 100000"}),
-    (2, "0::/", {"cpu.max": "150000 100000"}),
-    (1, "0::/", {"cpu.max": "1000 100000"}),
-    (3, "0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}),
-    (3, "0::/gone", {"cpu.max": "300000 100000"}),  # a container sees its own group as the top
-    (3, "4:cpu,x:/d/1\n2:memory:/", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}),
-    (3, "4:cpu,x:/d/1", {"cpu/d/1/cpu.cfs_quota_us": "250000", "cpu/d/1/cpu.cfs_period_us": "100000"}),
+    (3, "0::/a/b", {"cpu.max": "900000 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}),
+    (1, "0::/gone", {"cpu.max": "1000 100000"}),  # a container sees its own group as the top
+    (3, "4:cpu,x:/d/1\n2:memory:/", {"cpu/d/1/cpu.cfs_quota_us": "250000", "cpu/d/1/cpu.cfs_period_us": "100000"}),
     (8, "4:cpu,x:/d/1", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}),
 ]
 
@@ -257,16 +204,14 @@ def test_the_workers_are_the_cores_that_it_may_use(tmp_path, monkeypatch, count,
 
 def test_saving_replaces_what_a_link_names(small, tmp_path, call):
     """Or makes it; the link stays. Who has the older file open goes on reading that."""
-    folder, link, relative = (tmp_path / name for name in ("elsewhere", "link", "relative"))
+    folder, link = tmp_path / "elsewhere", tmp_path / "link"
     folder.mkdir()
-    link.symlink_to(relative)
-    relative.symlink_to("elsewhere/w.npz")
+    link.symlink_to("elsewhere/w.npz")
     call(*small, "--epochs", 0, "--save", link)
-    before = link.read_bytes()
-    with open(link, "rb") as file:
+    with open(link, "rb") as older:
         call(*small, "--epochs", 1, "--save", link)
-        assert file.read() == before and saved(folder / "w.npz")["step"] == 30
-    assert link.is_symlink() and relative.is_symlink() and [*folder.iterdir()] == [folder / "w.npz"]
+        assert np.load(older)["step"] == 0 and saved(folder / "w.npz")["step"] == 30
+    assert link.is_symlink() and [*folder.iterdir()] == [folder / "w.npz"]
 
 
 def test_two_runs_that_save_to_one_name_do_not_meet(tmp_path, monkeypatch):
@@ -284,50 +229,40 @@ def test_two_runs_that_save_to_one_name_do_not_meet(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def archive(*members):
-    """Of arrays of 24 bytes, whatever they promise: their names and shapes."""
-    with zipfile.ZipFile(content := io.BytesIO(), "w") as file:
-        for name, shape in members:
-            header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
-            file.writestr(name, b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(24))
-    return content.getvalue()
-
-
 NO_RUN = "expected a run of train.py, found what is of use for --evaluate"
 WHOLE = "expected whole weights as --save writes them, found "
-TWICE = WHOLE + "['W1', 'W1'] damaged, missing or more than once"
 DAMAGED = [
-    ({"settings": None}, NO_RUN),
     ({"mW1": None}, WHOLE + "mW1 missing or left over in a network of [20, 24, 24, 10]"),
-    ({"W3": None, "b3": None, "settings": None}, WHOLE + "mW3, mb3, vW3, vb3 missing or left over"),
-    ({"W4": np.zeros((10, 2), "f"), "extra": np.zeros(1)}, WHOLE + "W4, extra missing or left over"),
     ({"step": None}, WHOLE + "mW1, mW2, mW3, mb1, mb2, mb3, seconds, vW1"),
     ({"W1": np.zeros((20, 24))}, WHOLE + "W1 float64 (20, 24), not finite float32 (20, 24)"),
     ({"b3": np.full(10, np.nan, "f")}, WHOLE + "b3 float32 (10,), not finite"),
     ({"W1": np.array([{}], object)}, WHOLE + "Object arrays cannot be loaded"),
     ({"W3": np.zeros((24, 0), "f"), "b3": np.zeros(0, "f"), "settings": None}, WHOLE + "W3 float32 (24, 0), not"),
     ({"mb3": np.zeros(3, "f")}, WHOLE + "mb3 float32 (3,), not finite float32 (10,)"),
-    ({"vW2": np.full((24, 24), np.nan, "f")}, WHOLE + "vW2 float32 (24, 24), not finite"),
-    *(({"step": step}, NO_RUN) for step in (-1, 601, np.inf)),
-    ({"seconds": np.nan}, NO_RUN),
-    ({"settings": '{"hidden": [24, 24], "jitter": 0}'}, NO_RUN),
-    *(({"settings": text}, WHOLE) for text in ("{", '{"sizes": 4}')),
-    *((content, WHOLE) for content in (b"", b"PK\3\4 and no more", b"\x93NUMPY\1\0")),
-    (archive(("W1", (3, 2)), ("W1.npy", (3, 2))), TWICE),
-    (archive(("W1.npy", (3, 2)), ("X1.npy", (3, 2))).replace(b"X1.npy", b"W1.npy"), TWICE),
-    *((archive(("W1.npy", shape)), WHOLE) for shape in ((1000, 1000), (10**6, 10**6), (10**15, 10))),
+    *((change, NO_RUN) for change in ({"seconds": np.nan}, {"step": -1}, {"step": 601}, {"step": np.inf})),
 ]
 
 
 @pytest.mark.parametrize(("change", "says"), DAMAGED)
 def test_damaged_weights_end_in_one_line(small, tmp_path, whole, call, change, says):
     path = tmp_path / "w.npz"
-    if isinstance(change, bytes):
-        path.write_bytes(change)
-    else:
-        np.savez(path, **{name: a for name, a in (saved(whole) | change).items() if a is not None})
+    np.savez(path, **{name: a for name, a in (saved(whole) | change).items() if a is not None})
     status, out, errors = call("--data", small[1], "--resume", path)
     assert (status, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"train.py: error: {path}: {says}")
+
+
+def test_what_is_no_archive_or_has_arrays_twice_or_hidden_or_too_large_is_refused(tmp_path, whole):
+    """W1 and W1.npy are one name to NumPy, which would take either; an end that counts fewer arrays hides others."""
+    path, sound = tmp_path / "w.npz", whole.read_bytes()
+    with zipfile.ZipFile(shutil.copy(whole, path), "a") as file:
+        file.writestr("W1", file.read("W1.npy"))
+    twice, one_counted = path.read_bytes(), sound[:-12] + b"\1\0" + sound[-10:]
+    with zipfile.ZipFile(whole) as file, zipfile.ZipFile(promises := io.BytesIO(), "w") as new:
+        new.writestr("W1.npy", file.read("W1.npy").replace(b"(20, 24), }" + 10 * b" ", b"(1000000, 1000000), }"))
+    for content in (twice, one_counted, promises.getvalue(), b"", b"PK\3\4 and no more", b"\x93NUMPY\1\0"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path}: {WHOLE}"):
+            data.load_weights(path)
 
 
 def test_settings_that_this_version_does_not_write_end_in_one_line(small, tmp_path, whole, call):
@@ -335,14 +270,10 @@ def test_settings_that_this_version_does_not_write_end_in_one_line(small, tmp_pa
     path, good = tmp_path / "w.npz", saved(whole)
     assert call("--data", small[1], "--resume", whole)[0] == 0
     settings = json.loads(str(good["settings"]))
-    changes = [{"jitter": 0}, {"sigma": 0}, {"lr": "x"}, {"lr": None}, {"lr": -1}, {"batch": 0}, {"batch": 7.5}]
-    changes += [{"epochs": math.nan}, {"epochs": 1e308}, {"seed": {}}, {"control_variate": "off"}, {"steps": 601}]
-    changes += [{"flush": "maybe"}, {"flush": []}, {"method": 3}, {"data": "x"}, {"hidden": 24}, {"hidden": "24"}]
-    changes += [{"hidden": [8], "sizes": [20, 8, 10]}, {"sizes": 4}]
-    changes += [{name: [value]} for name, value in settings.items()]
-    texts = [json.dumps(settings | change) for change in changes]
+    changes = [{"jitter": 0}, {"epochs": math.nan}, {"batch": 7.5}, {"steps": 601}, {"flush": "maybe"}, {"hidden": 24}]
+    changes += [{"sizes": 4}, {"control_variate": "off"}, *({name: [value]} for name, value in settings.items())]
+    texts = ["[]", "3", "[[1, 2]]", "{", "[" * 10**5, *(json.dumps(settings | change) for change in changes)]
     texts += [json.dumps({name: value for name, value in settings.items() if name != left}) for left in settings]
-    texts += ["[]", '"es"', "3", "null", "[[1, 2]]", "{}", '{"epochs": 1}', "{", "NaN", "[" * 10**5, b"\xff"]
     for text in texts:
         np.savez(path, **good | {"settings": text})
         for option in ("--resume", "--evaluate"):
@@ -366,10 +297,9 @@ def test_mutated_archives_load_exactly_or_not_at_all(tmp_path, method, count):
         path.write_bytes(mutated(rng, sound, start=sound.index(b"PK\1\2") if i % 3 else 0))
         try:
             found, run = data.load_weights(path)
+            assert_same_bits([found, run["m"], run["v"]], [params] * 3)
+            assert (run["settings"], run["step"], run["seconds"]) == (settings, 3, 1.5)
+            loaded += 1
         except ValueError as error:
             assert str(error).startswith(f"{path}: expected whole weights")
-            continue
-        loaded += 1
-        assert_same_bits([found, run["m"], run["v"]], [params] * 3)
-        assert (run["settings"], run["step"], run["seconds"]) == (settings, 3, 1.5)
     assert 0.1 * count < loaded < 0.9 * count
