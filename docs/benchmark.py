@@ -166,7 +166,8 @@ def step(options=""):
     plains, fasts = in_turn(plain, by_ftz[1], rounds=3)
     runs = run, job(options), job(every, controls.backprop)
     es, sampled, reverse = in_turn(*(functools.partial(next, train.steps(each)) for each in runs))
-    loops, straights = in_turn(*backprop())
+    with backprop() as cases:
+        loops, straights = in_turn(*cases)
     print("\nratios of times")
     print(f"  gradient, flush emulated / by the CPU        {ratio(emulated, hardware):8.2f}")
     print(f"  gradient, flush off / by the CPU             {ratio(off, hardware):8.2f}")
@@ -177,11 +178,12 @@ def step(options=""):
     print(f"  backprop step / straight down, {data.cores()} cores       {ratio(loops, straights):8.2f}")
 
 
+@contextlib.contextmanager
 def backprop():
     """Two functions that make a step of backprop with the dead zone, by all cores: that of controls.py, and a
     forward pass, a backward pass and AdamW written straight down, where a share of the batch is a core's."""
     _, method, _, options = controls.ROWS["deadzone"]
-    run, pool = train.begin(train.parse_args(options.split()), method), concurrent.futures.ThreadPoolExecutor()
+    run = train.begin(train.parse_args(options.split()), method)
     (images, labels, *_), s, step = run.sets, run.settings, itertools.count(1)
     params = [tuple(map(np.copy, layer)) for layer in run.params]
     moments = train.zeros(params), train.zeros(params)
@@ -204,8 +206,9 @@ def backprop():
         grads = [tuple(map(sum, zip(*layer))) for layer in zip(*found)]
         fpnl.adamw(params, grads, *moments, n, s.lr, s.weight_decay)
 
-    loop = train.steps(run, pool.map, map_tasks=pool.map)
-    return functools.partial(next, loop), straight
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        loop = train.steps(run, pool.map, map_tasks=pool.map)
+        yield functools.partial(next, loop), straight
 
 
 def parts(run):

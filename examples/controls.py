@@ -64,23 +64,29 @@ def softmax_error(logits, labels, smoothing=0):
     return p - p.dtype.type(smoothing / p.shape[1])
 
 
-def gradient(settings, biases, slopes, params, x, labels, rng, weights, return_losses, **mapping):
-    """As `fpnl.es_gradient` returns it, with the losses, but from other slopes; the biases of so many layers learn.
+def gradient(settings, biases, slopes, *batch, **how):
+    """From other slopes than those of ES; the biases of so many layers learn. For the rest, see `in_tasks`.
 
     slopes : a function of params, x and labels, which returns the outputs [n, width] of each layer, the last the
         logits, and the slopes [n, width] of each image's loss along its sums. More images are taken together than by
-        ES, whose products are larger, and each task has a gradient of its own, so that workers share all products.
+        ES, whose products are larger.
     """
-    count = min(len(x), 2 * math.ceil(len(x) / (8 * settings.task)))
-    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)))
-    tasks = [dict(zip(("params", "x", "labels", "weights"), (params, *part))) for part in parts]
-    found = fpnl.mapped(functools.partial(weighted, slopes, biases, settings.smoothing), tasks, **mapping)
-    grads, losses = zip(*found)
+    of_task = functools.partial(weighted, slopes, biases, settings.smoothing)
+    return in_tasks(of_task, 4 * settings.task, *batch, **how)
+
+
+def in_tasks(of_task, size, params, x, labels, rng, weights, return_losses, **mapping):
+    """As `fpnl.es_gradient` returns it, with the losses. Each task has a gradient of its own, so that workers share all
+    products: `of_task` makes it, and the losses, of some images and of a random stream that is theirs alone."""
+    count = min(len(x), 2 * math.ceil(len(x) / (2 * size)))  # mostly even: an odd one leaves one of two workers idle
+    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)), rng.spawn(count))
+    tasks = [{"params": params} | dict(zip(("x", "labels", "weights", "rng"), part)) for part in parts]
+    grads, losses = zip(*fpnl.mapped(of_task, tasks, **mapping))
     return [tuple(map(sum, zip(*layer))) for layer in zip(*grads)], np.concatenate(losses)
 
 
-def weighted(slopes, biases, smoothing, params, x, labels, weights):
-    """Gradient of sum_i w_i L_i, and the losses."""
+def weighted(slopes, biases, smoothing, params, x, labels, weights, rng):
+    """Gradient of sum_i w_i L_i, and the losses; nothing is random."""
     outputs, found = slopes(params, x, labels)
     found = [weights[:, None] * s for s in found]
     grads = [(a.T @ s, s.sum(axis=0) * (l < biases)) for l, (a, s) in enumerate(zip([x, *outputs], found))]

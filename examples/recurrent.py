@@ -192,17 +192,8 @@ def backprop(s, params, x, labels, rng, ftz=None):
 # --- Training, by the loop of train.py -------------------------------------------------------------------------
 
 
-def gradient(method, task, params, x, labels, rng, weights, return_losses, **mapping):
-    """As `fpnl.es_gradient` returns it, with the losses; images are cut into tasks, each with a stream of its own."""
-    count = min(len(x), 2 * math.ceil(len(x) / (2 * task)))  # mostly even: an odd one leaves one of two workers idle
-    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, weights)), rng.spawn(count))
-    tasks = [{"params": params} | dict(zip(("x", "labels", "weights", "rng"), part)) for part in parts]
-    grads, losses = zip(*fpnl.mapped(functools.partial(weighted, method), tasks, **mapping))
-    return [tuple(map(sum, zip(*layer))) for layer in zip(*grads)], np.concatenate(losses)
-
-
 def weighted(method, params, x, labels, weights, rng):
-    """Gradient of sum_i w_i L_i, and the losses."""
+    """Gradient of sum_i w_i L_i, and the losses, of a task of `controls.in_tasks`."""
     inputs, slopes, logits = method(params, x, labels, rng)
     slopes = [slope * weights[:, None] for slope in slopes]
     columns = zip(*([a.reshape(-1, a.shape[-1]) for a in of_layers] for of_layers in (inputs, slopes)))
@@ -251,8 +242,9 @@ def begin(row, seed, args, sets):
     s.images, s.sizes = len(sets[0]), [PIXELS, s.features, s.memory, CLASSES]
     s.steps = round(s.epochs * (s.images // s.batch))
     params = init(np.random.default_rng((seed, train.INIT)), s.features, s.memory)
-    of_images = functools.partial(gradient, functools.partial(method, s, ftz=ftz), s.task)
-    how = functools.partial(unrolled, ftz=ftz), of_images, params, functools.partial(update, s.recurrent)
+    of_task = functools.partial(weighted, functools.partial(method, s, ftz=ftz))
+    gradient = functools.partial(controls.in_tasks, of_task, s.task)
+    how = functools.partial(unrolled, ftz=ftz), gradient, params, functools.partial(update, s.recurrent)
     return train.fresh(s, sets, *how)
 
 

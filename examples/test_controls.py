@@ -10,19 +10,7 @@ import statistics
 import controls
 import numpy as np
 import pytest
-from helpers import (
-    PYTHON,
-    RNG,
-    ROOT,
-    WITH_MPI,
-    assert_same_bits,
-    example,
-    needs_hardware,
-    needs_mpi,
-    run,
-    slow,
-    write_slice,
-)
+from helpers import PYTHON, RNG, ROOT, WITH_MPI, assert_same_bits, example, needs_hardware, needs_mpi, run, write_slice
 
 import data
 import fpnl
@@ -59,8 +47,8 @@ def assert_is_the_derivative(grads, params, loss_of):
     def loss_at(t):
         return float(loss_of([[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]))
 
-    slope = sum(np.vdot(g, d) for layers in zip(grads, direction) for g, d in zip(*layers))
-    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.02)
+    slope = sum(map(np.vdot, fpnl.leaves(grads), fpnl.leaves(direction)))
+    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.01)
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.3])
@@ -79,106 +67,82 @@ def test_the_gradient_is_the_derivative(method, smoothing):
     assert np.mean(losses) == pytest.approx(loss_of(params), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["es", "prediction"])
-def test_smoothed_labels_reach_what_is_measured(method):
-    """The last layer's gradient is that of the smoothed loss, to a part in a hundred: there, ES has no noise."""
+def test_es_measures_the_loss_of_smoothed_labels():
+    """The last layer's gradient is that of this loss, to a part in a hundred: there, ES has no noise."""
     params, x, labels = example(SIZES, n=3)
-    found, exact = (gradient(name, params, x, labels, smoothing=0.3, sigma=1e-3)[0] for name in (method, "deadzone"))
+    found, exact = (gradient(name, params, x, labels, smoothing=0.3, sigma=1e-3)[0] for name in ("es", "deadzone"))
     np.testing.assert_allclose(found[-1][0], exact[-1][0], atol=1e-2 * np.abs(exact[-1][0]).max())
 
 
-def test_dropout_is_the_network_without_some_of_its_units():
-    """What a gradient is given, where its results go, and that they are the derivative: whatever is left out has no
-    weights to the next layer, what is left has larger ones."""
+@pytest.mark.parametrize(("batch", "networks"), [(64, 1), (65, 2)])
+def test_dropout_is_the_network_without_some_of_its_units(batch, networks):
+    """A batch has a network for every 64 images; what it leaves out has no weights to the next layer, what is left has
+    larger ones. The losses are those of these networks, the gradient their derivative."""
     params, x, labels = example(SIZES, n=2)
-    weights, given, left = np.float32([0.3, 0.7]), [], set()
+    for _, b in params:
+        b += RNG(3).uniform(-0.1, 0.1, len(b)).astype(np.float32)
 
-    def ones(params, x, labels, rng, weights, return_losses):
-        given.append((params, x, labels, weights))
-        return [tuple(map(np.ones_like, layer)) for layer in params], np.zeros(len(x), "f")
-
-    def thinned(gradient, key, **others):
-        how = settings(**{"dropout": 0.4, "batch": 64} | others)
+    def thinned(method, weights, key, dropout=0.4):
+        how = settings(dropout=dropout, batch=batch)
+        gradient = getattr(controls, method)(how, NETS[method])
         return train.thinned(gradient, how)(params, x, labels, RNG(key), weights=weights, return_losses=True)
 
+    def kept_of(key, **how):
+        """Of each image, the inputs of each layer that have weights: others have no derivative in a linear network."""
+        of_images = [thinned("backprop", alone, key, **how)[0] for alone in np.eye(2, dtype=np.float32)]
+        return [[dW.any(axis=1) for dW, _ in grads] for grads in of_images]
+
+    def losses_of(params, kept, net):
+        logits = []
+        for i, of_image in enumerate(kept):
+            gains = [units[:, None] * np.float32(1 / units.mean()) for units in of_image]
+            thin = [(W * gain, b) for (W, b), gain in zip(params, gains)]
+            logits.append(fpnl.forward(thin, x[i : i + 1], **net))
+        return fpnl.cross_entropy(np.concatenate(logits), labels)
+
+    weights, different = np.float32([0.3, 0.7]), set()
     for key in range(3):
-        whole, _ = thinned(ones, key)
-        kept = [np.flatnonzero(W.any(axis=1)) for W, _ in whole] + [np.arange(SIZES[-1])]
-        left.add((*kept[1], *kept[2]))
-        assert [len(units) for units in kept] == [12, 6, 5, 5]
-        thin, *rows = given[-1]
-        for found, expected in zip(rows, (x, labels, weights), strict=True):
-            np.testing.assert_array_equal(found, expected)
-        gains = [np.float32(n / len(units)) for n, units in zip(SIZES, kept)]
-        for l, (W, b) in enumerate(params):
-            np.testing.assert_array_equal(thin[l][0], W[kept[l]][:, kept[l + 1]] * gains[l])
-            np.testing.assert_array_equal(thin[l][1], b[kept[l + 1]])
-            np.testing.assert_array_equal(np.flatnonzero(whole[l][1]), kept[l + 1])
-        masks = [np.isin(np.arange(n), units)[:, None] * gain for n, units, gain in zip(SIZES, kept, gains)]
+        kept = kept_of(key)
+        assert [[units.sum() for units in of_image] for of_image in kept] == 2 * [[12, 6, 5]]
+        different |= {(*np.concatenate(of_image),) for of_image in kept}
         for method in DERIVATIVES:
-            grads, losses = thinned(getattr(controls, method)(settings(), NETS[method]), key)
-
-            def losses_of(params, net=NETS[method], masks=masks):
-                masked = [(W * mask, b) for (W, b), mask in zip(params, masks)]
-                return fpnl.cross_entropy(fpnl.forward(masked, x, **net), labels)
-
-            assert_is_the_derivative(grads, params, lambda params, of=losses_of: np.vdot(weights, of(params)))
-            np.testing.assert_allclose(losses, losses_of(params), rtol=1e-5)
-    assert len(left) == 3
-    whole, _ = thinned(ones, 0, batch=65)  # which are two networks
-    np.testing.assert_array_equal(whole[-1][1], 2)
-    for i, (_, *rows) in enumerate(given[-2:]):
-        for found, expected in zip(rows, (x, labels, weights), strict=True):
-            np.testing.assert_array_equal(found, expected[i : i + 1])
-    whole, _ = thinned(ones, 0, dropout=0.99)  # but one unit at least
-    assert [np.count_nonzero(W.any(axis=1)) for W, _ in whole] == [12, 1, 1]
+            grads, losses = thinned(method, weights, key)
+            expected = functools.partial(losses_of, kept=kept, net=NETS[method])
+            assert_is_the_derivative(grads, params, lambda params, of=expected: np.vdot(weights, of(params)))
+            np.testing.assert_allclose(losses, expected(params), rtol=1e-5)
+    assert len(different) == 3 * networks
+    assert [units.sum() for units in kept_of(0, dropout=0.99)[0]] == [12, 1, 1]  # but one unit at least
 
 
 def test_backprop_is_blind_to_underflow():
     """With the flush, the derivative is the linear network's, at other outputs: straight through; every bias learns."""
     params, x, labels = example(SIZES, n=30)
-    grads = []
-    for net in (NETS["deadzone"], NETS["backprop"]):
-        o = fpnl.forward(params, x, **net)
-        p = np.exp(o) / np.exp(o).sum(axis=1, keepdims=True) - np.eye(5, dtype=np.float32)[labels]
-        grads.append(gradient("backprop", params, x, labels, net)[0])
-        np.testing.assert_allclose(grads[-1][0][0], x.T @ (p / 30 @ params[2][0].T @ params[1][0].T), atol=1e-6)
-        assert all(db.any() for _, db in grads[-1])
-    assert not np.array_equal(grads[0][0][0], grads[1][0][0])
-    for method in ("deadzone", "prediction"):
-        assert [bool(db.any()) for _, db in gradient(method, params, x, labels)[0]] == [True, False, False]
+    grads, _ = gradient("backprop", params, x, labels, net=NETS["deadzone"])
+    delta = controls.softmax_error(fpnl.forward(params, x), labels) / 30
+    np.testing.assert_allclose(grads[0][0], x.T @ (delta @ params[2][0].T @ params[1][0].T), atol=1e-6)
+    assert all(db.any() for _, db in grads)
 
 
-def test_the_prediction_is_the_control_variate_without_its_rest():
-    """Its slopes along the logits are those of softmax, as far as they move; below, h(z + s) - h(z - s) over 2 s and
-    the chain rule. Where ES measures over a small interval, it finds the same along the logits, whatever the signs."""
+def test_the_prediction_is_the_chain_rule_along_measured_movements():
+    """The derivative of a unit is h(z + s) - h(z - s) over 2 s, s = sigma |a|. That of the loss along an output is that
+    of softmax, however large sigma is: these add up to 0, and leave no reason to move all logits alike. No slope has
+    noise, and the first layer's biases learn alone."""
     params, x, labels = example(SIZES, n=6)
-    outputs, slopes = controls.predicted(settings(sigma=0.05), params, x, labels)
-    signs = fpnl.mutation_signs(RNG(0), params, len(x))
-    es_outputs, es_slopes = fpnl.es_slopes(params, x, labels, signs, sigma=0.001, block=1)
-    near = controls.predicted(settings(sigma=0.001), params, x, labels)[1][-1]
-    np.testing.assert_allclose(near, es_slopes[-1], atol=2e-3)
-    assert np.count_nonzero(near) == np.count_nonzero(es_slopes[-1]) > 10
-    for h, es_h in zip(outputs, es_outputs, strict=True):
-        np.testing.assert_allclose(h, es_h, atol=1e-5)
-    for l, a in enumerate([x, outputs[0]]):
-        z = a @ params[l][0] + params[l][1] * (l == 0)
-        shift = np.float32(0.05) * np.sqrt(np.square(a).sum(axis=1, keepdims=True) + (l == 0))
+    params[0][1][:] = RNG(1).uniform(-0.1, 0.1, SIZES[1])
+    how = {"sigma": 0.5, "smoothing": 0.3}
+    outputs, slopes = controls.predicted(settings(**how), params, x, labels)
+    above = controls.softmax_error(outputs[-1], labels, 0.3)
+    for l, a in reversed([*enumerate([x, *outputs[:-1]])]):
+        z = a @ params[l][0] + params[l][1]
+        np.testing.assert_allclose(outputs[l], controls.dead_zone(z), atol=1e-5)
+        shift = np.float32(0.5) * np.sqrt(np.square(a).sum(axis=1, keepdims=True) + (l == 0))
         moved = controls.dead_zone(z + shift) - controls.dead_zone(z - shift)
-        expected = slopes[l + 1] @ params[l + 1][0].T * moved / np.maximum(2 * shift, fpnl.TINY)
+        expected = above * moved / np.maximum(2 * shift, fpnl.TINY)
         np.testing.assert_allclose(slopes[l], expected, atol=1e-4)
-        assert np.abs(slopes[l]).max() > 0.01
-
-
-def test_the_prediction_has_no_reason_to_move_all_logits():
-    """Where all of them live, which leaves the loss as it is; slopes over the intervals of ES do have one."""
-    params, x, labels = example(SIZES, n=20)
-    params[-1] = np.float32(5) + params[-1][0], params[-1][1]
-    (*_, o), (*_, slopes) = controls.predicted(settings(sigma=0.5), params, x, labels)
-    _, (*_, es_slopes) = fpnl.es_slopes(params, x, labels, fpnl.mutation_signs(RNG(0), params, 20), sigma=0.5)
-    live = np.all(np.abs(o) > 3, axis=1)
-    left, es_left = (np.abs(s[live].sum(axis=1)).max() for s in (slopes, es_slopes))
-    assert live.sum() > 10 and left < 2e-3 < 0.02 < es_left, (live.sum(), left, es_left)
+        assert np.abs(expected).max() > 0.01
+        above = slopes[l] @ params[l][0].T
+    grads, _ = gradient("prediction", params, x, labels, **how)
+    assert [bool(db.any()) for _, db in grads] == [True, False, False]
 
 
 @pytest.mark.parametrize("row", controls.ROWS)
@@ -192,21 +156,18 @@ def test_what_is_mapped_travels_and_the_bits_are_the_same(row):
         lists.append(len(tasks))
         return [*map(*pickle.loads(pickle.dumps((function, tasks))))]
 
-    expected, losses = run(params, x, labels, RNG(0), **how)
-    found, same = run(params, x, labels, RNG(0), workers=3, map_tasks=elsewhere, **how)
-    assert_same_bits([*found, (same,)], [*expected, (losses,)])
+    expected = run(params, x, labels, RNG(0), **how)
+    assert_same_bits(run(params, x, labels, RNG(0), workers=3, map_tasks=elsewhere, **how), expected)
     assert lists == [3]
 
 
-@slow
+@pytest.mark.slow
 @needs_mpi
 def test_workers_of_mpi_know_the_controls(slice_of_mnist, tmp_path):
+    options = f"--rows deadzone --seeds 1 --epochs 0.2 --reports 1 --data {slice_of_mnist} --engine".split()
     for engine, program in (("threads", PYTHON), ("mpi", WITH_MPI)):
-        options = "--rows deadzone prediction --seeds 1 --epochs 0.2 --reports 1 --engine".split()
-        run("examples/controls.py", tmp_path / engine, *options, engine, "--data", slice_of_mnist, program=program)
-    for row in ("deadzone", "prediction"):
-        found, expected = (data.load_weights(tmp_path / engine / f"{row}-0.npz")[0] for engine in ("mpi", "threads"))
-        assert_same_bits(found, expected)
+        run("examples/controls.py", tmp_path / engine, *options, engine, program=program)
+    assert_same_bits(*(data.load_weights(tmp_path / engine / "deadzone-0.npz")[0] for engine in ("mpi", "threads")))
 
 
 @pytest.mark.slow
@@ -225,25 +186,21 @@ def test_the_controls_train(slice_of_mnist, tmp_path):
 @pytest.mark.slow
 @needs_hardware
 def test_the_comparison_says_what_it_takes_and_keeps_its_runs(mnist, tmp_path):
-    folder = write_slice(mnist, tmp_path, 1000, 500)
+    folder, runs = write_slice(mnist, tmp_path, 1000, 500), tmp_path / "runs"
     options = f"--seeds 2 --epochs 1 --batch 256 --reports 1 --workers 1 --data {folder} --validation 100".split()
-    done = run(tmp_path / "runs", *options, program=CONTROLS)
-    first, *printed = done.stdout.splitlines()
-    assert re.fullmatch(rf"22 runs, at most about \d+ minutes; logs and weights go to {tmp_path}/runs", first)
+    done = run(runs, *options, program=CONTROLS)
+    assert re.match(rf"22 runs, at most about \d+ minutes; logs and weights go to {runs}\n", done.stdout)
     assert done.stdout.count("logits that differ between the emulation and the CPU's flags: 0 of 1000") == 2
-    start = next(i for i, line in enumerate(printed) if line.startswith("accuracy in percent, 2 seeds"))
-    assert "validation" in printed[start] and len(printed[start + 1 :]) == len(controls.ROWS) + 3
-    assert all(re.search(r"\d+\.\d\d ± +\d+\.\d\d +\d+\.\d\d ± +\d+\.\d\d", row) for row in printed[start + 1 :])
-    files = {path.name for path in (tmp_path / "runs").iterdir()}
+    head, *table = done.stdout.partition("\naccuracy in percent, 2 seeds")[2].splitlines()
+    assert "validation" in head and len(table) == len(controls.ROWS) + 3
+    assert all(re.search(r"\d+\.\d\d ± +\d+\.\d\d +\d+\.\d\d ± +\d+\.\d\d", row) for row in table)
     ends = [f"-{seed}.{end}" for seed in (0, 1) for end in ("csv", "npz")]
-    assert files == {name + end for name in controls.ROWS for end in ends} | {"scale-0.csv", "scale-1.csv"}
-    assert all(
-        '"validation": 100' in (tmp_path / "runs" / f"{name}-0.csv").read_text("utf-8") for name in controls.ROWS
-    )
-    params, arrays = data.load_weights(tmp_path / "runs" / "relu-1.npz")
-    assert arrays["settings"]["method"] == "relu" and len(params) == 3
-    done = run("--evaluate", tmp_path / "runs" / "relu-1.npz", check=False)
-    assert done.returncode == 2 and "expected weights of fpnl's network, found one with rectify" in done.stderr
+    expected = {name + end for name in controls.ROWS for end in ends} | {"scale-0.csv", "scale-1.csv"}
+    assert {path.name for path in runs.iterdir()} == expected
+    for name, (_, method, transfer, _) in controls.ROWS.items():
+        s = data.load_weights(runs / f"{name}-1.npz")[1]["settings"]
+        network = transfer.__name__ if transfer else "underflow"
+        assert (s["method"], s["network"], s["seed"], s["validation"]) == (method.__name__, network, 1, 100)
 
 
 def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):

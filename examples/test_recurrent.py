@@ -1,14 +1,16 @@
 """The tests of recurrent.py."""
 
 import argparse
+import functools
 import json
 import re
 
+import controls
 import numpy as np
 import pytest
 import recurrent
 from helpers import PYTHON, RNG, ROOT, WITH_MPI, assert_same_bits, needs_hardware, needs_mpi, run
-from test_controls import cells
+from test_controls import assert_is_the_derivative, cells
 
 import data
 import fpnl
@@ -89,17 +91,15 @@ def test_slopes_are_those_of_literal_mutation(small, ftz):
 def test_backprop_through_time_is_the_derivative(small):
     """Of sum_i w_i L_i, in two tasks."""
     params, x, labels = small
-    method, weights = lambda *args: recurrent.backprop(HOW, *args), np.float32([0.3, 0.1, 0, 0.2, 1, 2])
-    grads, losses = recurrent.gradient(method, 4, params, x, labels, RNG(4), weights, return_losses=True)
-    direction = [[RNG(5).standard_normal(a.shape, np.float32) for a in layer] for layer in params]
+    weights = np.float32([0.3, 0.1, 0, 0.2, 1, 2])
+    of_task = functools.partial(recurrent.weighted, functools.partial(recurrent.backprop, HOW))
+    grads, losses = controls.in_tasks(of_task, 4, params, x, labels, RNG(4), weights, return_losses=True)
 
-    def losses_at(t):
-        moved = [[a + np.float32(t) * d for a, d in zip(*layers)] for layers in zip(params, direction)]
-        return fpnl.cross_entropy(recurrent.unrolled(moved, x, None)[2], labels)
+    def losses_of(params):
+        return fpnl.cross_entropy(recurrent.unrolled(params, x, None)[2], labels)
 
-    slope = sum(map(np.vdot, fpnl.leaves(grads), fpnl.leaves(direction)))
-    assert weights @ (losses_at(1e-3) - losses_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.01)
-    np.testing.assert_allclose(losses, losses_at(0), rtol=1e-5)
+    assert_is_the_derivative(grads, params, lambda params: weights @ losses_of(params))
+    np.testing.assert_allclose(losses, losses_of(params), rtol=1e-5)
 
 
 def test_the_update_is_clipped_and_has_three_rates(small):
@@ -142,12 +142,10 @@ def test_the_published_table_is_that_of_the_published_logs(document):
     text = (ROOT / document).read_text("utf-8").replace("*", "")
     for row, (says, *_) in recurrent.ROWS.items():
         assert f"| {says} | {cells(f'recurrent/{row}')} |" in text
-        of_row = json.loads(json.dumps(DEFAULTS | recurrent.ROWS[row][3]))
         for seed in range(3):
-            log = (
-                (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text("utf-8").replace('"decay"', '"weight_decay"')
-            )
-            assert json.loads(log.partition("\n")[0][2:]).items() >= (of_row | {"seed": seed}).items()
+            log = (ROOT / f"docs/runs/recurrent/{row}-{seed}.csv").read_text("utf-8").partition("\n")[0]
+            expected = json.loads(json.dumps(DEFAULTS | recurrent.ROWS[row][3] | {"seed": seed}))
+            assert json.loads(log[2:].replace('"decay"', '"weight_decay"')).items() >= expected.items()
 
 
 def test_the_published_weights_are_those_of_a_published_run(mnist):
