@@ -14,8 +14,6 @@ from helpers import HARDWARE, PYTHON, RNG, ROOT, assert_same_bits, example, need
 import fpnl
 from test_fpnl import MODES, OPS, RULES, TINY, cpu_mode, flags, grid, some
 
-# --- Arguments ------------------------------------------------------------------------------------------
-
 
 class Other:
     """An array of another library, which raises this error when NumPy asks for its values."""

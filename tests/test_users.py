@@ -55,6 +55,15 @@ def test_ctrl_c_and_sigterm_keep_the_last_step(small, tmp_path, number, program)
     assert errors == f"train.py: interrupted after step {step} of 60000; go on with --resume {path}\n"
 
 
+def test_kill_9_leaves_the_last_report(small, tmp_path, whole, call):
+    """Complete: the run goes on from there, to the same weights."""
+    child = start(*small, "--save", tmp_path / "w.npz", lines=9)
+    child.kill()
+    child.communicate()
+    assert 0 < saved(tmp_path / "w.npz")["step"] < 600
+    assert_goes_on(call, small[1], tmp_path / "w.npz", whole)
+
+
 @needs_process_1
 def test_process_1_hears_sigterm_from_its_first_lines_on(tmp_path):
     """While NumPy is imported: a container is to stop at once, not when it is killed."""
@@ -156,8 +165,6 @@ def test_the_log_may_be_a_pipe(small, whole):
     assert re.findall("^..", done.stdout, re.MULTILINE) == ["# ", "# ", "ep", "20", "re"]
 
 
-# --- Disks and memory -----------------------------------------------------------------------------------
-
 LIMITS = [
     ("RLIMIT_FSIZE", 16384, [], 2, "[Errno 27] File too large"),
     ("RLIMIT_AS", 4 << 30, ["--hidden", 10**6, 10**6], 0, "expected more memory: try smaller layers or batches"),
@@ -175,8 +182,6 @@ def test_a_full_disk_or_memory_loses_nothing(small, tmp_path, call, limit, most,
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (2, f"train.py: error: {says}\n", lines)
     assert {*tmp_path.iterdir()} == {small[1], path} and saved(path)["step"] == 30 and path.stat().st_size > 16384
 
-
-# --- Locales, switches and environments -----------------------------------------------------------------
 
 NAME = os.fsdecode(b"caf\xc3\xa9 \xff\n") if sys.platform == "linux" else "café \n"
 WAYS = [
@@ -220,9 +225,6 @@ def test_packages_of_other_names_do_not_shadow_the_projects_folders(tmp_path, pr
     for environment in ({"PYTHONPATH": str(tmp_path), "PYTHONOPTIMIZE": "2"}, {"PYTHONSAFEPATH": "1"}):
         out = run(*program, program=PYTHON, env=os.environ | environment).stdout
         assert "--seeds" in out if "-h" in program else out == ""
-
-
-# --- Terminals ------------------------------------------------------------------------------------------
 
 
 @slow
