@@ -120,6 +120,7 @@ def test_the_network_begins_as_a_rotation():
     assert not (np.any(W[28:]) or np.any(c) or np.any(d)) and b.std() == pytest.approx(0.5, rel=0.4)
 
 
+@pytest.mark.slow
 def test_a_short_training_beats_the_same_without_flush(small):
     """Whether the first pixels of two rows are alike, which no linear function of them says of more than three in
     four: ES learns it where the flush is, and does not where it is off."""

@@ -53,10 +53,6 @@ def example(sizes=(12, 10, 9, 5), n=6, seed=0):
     return fpnl.init(rng, sizes), rng.random((n, sizes[0]), dtype=np.float32), rng.integers(0, sizes[-1], n)
 
 
-def accuracy(logits, labels):
-    return np.mean(logits.argmax(axis=1) == labels)
-
-
 def idx(array, code=0x08):
     """The content of an IDX file."""
     array = np.asarray(array, {0x08: ">u1", 0x0D: ">f4", 0x0B: ">i2"}[code])

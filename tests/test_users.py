@@ -37,7 +37,9 @@ def assert_goes_on(call, folder, path, expected):
 APART = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 HAS_PROCESS_1 = shutil.which("unshare") and run(program=[*APART, "true"], check=False).returncode == 0
 needs_process_1 = pytest.mark.skipif(not HAS_PROCESS_1, reason="needs Linux, and root, to begin with a process 1")
-also_as_process_1 = pytest.mark.parametrize("program", [TRAIN, pytest.param([*APART, *TRAIN], marks=needs_process_1)])
+also_as_process_1 = pytest.mark.parametrize(
+    "program", [TRAIN, pytest.param([*APART, *TRAIN], marks=[needs_process_1, slow])]
+)
 
 
 @also_as_process_1
@@ -128,7 +130,7 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(small, tmp_path, whole, ca
 
 
 @posix
-@pytest.mark.parametrize("closed", [">&-", "<&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", pytest.param("<&- 2>&-", marks=slow), "<&- >&- 2>&-"])
 def test_standard_streams_may_be_closed(small, tmp_path, whole, closed):
     """As cron and pythonw start programs. Nothing else gets their place, and an error is no traceback."""
     log, path = tmp_path / "log", tmp_path / "w.npz"
