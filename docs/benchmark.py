@@ -206,7 +206,7 @@ def backprop():
         grads = [tuple(map(sum, zip(*layer))) for layer in zip(*found)]
         fpnl.adamw(params, grads, *moments, n, s.lr, s.weight_decay)
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(data.cores()) as pool:
         loop = train.steps(run, pool.map, map_tasks=pool.map)
         yield functools.partial(next, loop), straight
 
