@@ -208,6 +208,7 @@ GOLDEN = [  # op, a, b, expected with DAZ ("after", "before"), without DAZ ("aft
     # TINY - 2^-149 + 2^-149: operands flushed, 0; operands read, TINY.
     ("add", LARGEST_SUB, SUB, 0, 0, T, T),
     ("add", T, MINUS | SUB, T, T, 0, 0),
+    ("subtract", T, SUB, T, T, 0, 0),
     # 2^-149 * 2^125 = 2^-24, unless it is read as 0.
     ("multiply", SUB, 0x7E000000, 0, 0, 0x33800000, 0x33800000),
     ("divide", SUB, SUB, NAN, NAN, 0x3F800000, 0x3F800000),
