@@ -628,8 +628,9 @@ def test_init_is_he_normal_float32_with_zero_biases(sizes):
     assert_same_bits(params, fpnl.init(RNG(1), sizes))
 
 
-def test_adamw_is_the_published_algorithm():
-    """Of all arrays in lists, nested alike, and in place."""
+@pytest.mark.parametrize(("decay", "beta1", "beta2", "eps"), [(0, 0.9, 0.999, 1e-8), (0.3, 0.3, 0.4, 0.1)])
+def test_adamw_is_the_published_algorithm(decay, beta1, beta2, eps):
+    """Of all arrays in lists, nested alike, and in place; by its defaults, and by others."""
 
     def tree(filled):
         return [[filled((3, 5), np.float32)], (filled(100, np.float32), filled(0, np.float32))]
@@ -637,14 +638,15 @@ def test_adamw_is_the_published_algorithm():
     normal = RNG(9).standard_normal
     p, m, v = map(tree, (normal, np.zeros, np.zeros))
     ps, ms, vs = ([a.astype(float) for a in fpnl.leaves(of)] for of in (p, m, v))
+    how = {"weight_decay": decay, "beta1": beta1, "beta2": beta2, "eps": eps} if decay else {}
     for step in range(1, 30):
         g, lr = tree(normal), 0.01 / step
-        fpnl.adamw(p, g, m, v, step, lr, weight_decay=0.3, eps=0.1)
+        fpnl.adamw(p, g, m, v, step, lr, **how)
         for i, grad in enumerate(fpnl.leaves(g)):
-            ms[i] = 0.9 * ms[i] + 0.1 * grad
-            vs[i] = 0.999 * vs[i] + 0.001 * grad.astype(float) ** 2
-            t = np.sqrt(vs[i] / (1 - 0.999**step)) + 0.1
-            ps[i] = ps[i] - lr * 0.3 * ps[i] - lr * (ms[i] / (1 - 0.9**step)) / t
+            ms[i] = beta1 * ms[i] + (1 - beta1) * grad
+            vs[i] = beta2 * vs[i] + (1 - beta2) * grad.astype(float) ** 2
+            t = np.sqrt(vs[i] / (1 - beta2**step)) + eps
+            ps[i] = ps[i] - lr * decay * ps[i] - lr * (ms[i] / (1 - beta1**step)) / t
     for found, expected in zip(fpnl.leaves(p), ps, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 

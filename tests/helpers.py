@@ -93,8 +93,6 @@ DASK = [*TRAIN, *"--engine dask --workers 2".split()]
 needs_mpi = pytest.mark.skipif(not (MPIEXEC and importlib.util.find_spec("mpi4py")), reason="pip install mpi4py mpich")
 needs_dask = pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="pip install distributed")
 ENGINES = [pytest.param(e, marks=[needs, slow]) for e, needs in ((MPI, needs_mpi), (DASK, needs_dask))]
-# A run on 10,000 images, whose steps take seconds.
-ENDLESS = "--batch 10000 --block 1 --importance 0 --save".split()
 
 
 def start(*arguments, program=TRAIN, lines=0, **how):

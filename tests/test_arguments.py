@@ -176,9 +176,9 @@ BAD = [  # functions, arguments, values that are refused, how (N: the argument's
     ("es_gradient", "task workers", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
     ("adamw", "step", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
     ("adamw", "lr weight_decay", [-0.1, np.nan, np.inf, 1e300], ValueError, "lr, weight_decay, beta1, beta2, eps: exp"),
-    ("adamw", "beta1 beta2", [1.0, -0.1], ValueError, "lr, weight_decay, beta1, beta2, eps: .* beta < 1"),
-    ("adamw", "eps", [0.0], ValueError, "lr, weight_decay, beta1, beta2, eps: expected .* eps > 0"),
-    ("adamw", "g m", [fpnl.leaves(PARAMS)[::-1], [PARAMS[0][0]]], ValueError, "p, g, m, v: expected the same shapes"),
+    ("adamw", "beta1 beta2", [1.0, 1.5, -0.1], ValueError, "lr, weight_decay, beta1, beta2, eps: .* beta < 1"),
+    ("adamw", "eps", [0.0, -0.1], ValueError, "lr, weight_decay, beta1, beta2, eps: expected .* eps > 0"),
+    ("adamw", "p g m", [fpnl.leaves(PARAMS)[::-1], [PARAMS[0][0]]], ValueError, "p, g, m, v: expected the same shapes"),
 ]  # fmt: skip
 
 

@@ -81,7 +81,8 @@ def test_a_second_signal_ends_at_once(tmp_path, slice_of_mnist, number, program)
     """In a step, which nobody has to complete: nothing is reported or saved any more."""
     path = tmp_path / "w.npz"
     path.write_bytes(b"older")
-    child = start("--data", slice_of_mnist, *helpers.ENDLESS, path, program=program, lines=2)
+    slow_steps = "--batch 10000 --block 1 --importance 0 --save".split()
+    child = start("--data", slice_of_mnist, *slow_steps, path, program=program, lines=2)
     pid = child.pid if program is TRAIN else [*family(child.pid)][1]
     for _ in range(2):
         time.sleep(0.3)  # nothing tells that it has noted the first one
