@@ -30,7 +30,11 @@ ES += " mapped _work _of_layers _in_order"
 STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
     ("fpnl.py", ARITHMETIC, "test_fpnl.py tests/test_arguments.py -k 'golden or flush or scalars or bits or gpu'"),
-    ("fpnl.py", NETWORK, "test_fpnl.py tests/test_arguments.py -k 'forward or entropy or logits or transfer or init'"),
+    (
+        "fpnl.py",
+        NETWORK,
+        "test_fpnl.py tests/test_arguments.py -k 'forward or entropy or logits or transfer or init or analytic'",
+    ),
     ("fpnl.py", ES, "test_fpnl.py tests/test_arguments.py -k 'not golden and not bits_of'"),
     ("fpnl.py", "adamw leaves", "test_fpnl.py tests/test_arguments.py -k 'adamw'"),
     ("train.py", STEP, "tests/test_train.py -k 'not bad_input and not mpi'"),

@@ -23,9 +23,6 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 slow = pytest.mark.slow
 
 
-# --- Bits, networks and data sets -----------------------------------------------------------------------
-
-
 def bits(x):
     """float32 as uint32, with one value for all NaNs."""
     x = np.asarray(x)

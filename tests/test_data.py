@@ -27,9 +27,6 @@ def mutated(rng, content, start=0):
     return flipped if rng.integers(20) else content[:at]
 
 
-# --- Data sets ------------------------------------------------------------------------------------------
-
-
 def test_embedded_mnist_is_the_published_one():
     assert {p.name: hashlib.sha256(gzip.decompress(p.read_bytes())).hexdigest() for p in data.MNIST.glob("*.gz")} == {
         "train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
