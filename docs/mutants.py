@@ -28,15 +28,12 @@ NETWORK = "forward activations cross_entropy init"
 ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes gradient_from_slopes es_gradient"
 ES += " mapped _work _of_layers _in_order"
 STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
+FPNL = "test_fpnl.py tests/test_arguments.py -k"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
-    ("fpnl.py", ARITHMETIC, "test_fpnl.py tests/test_arguments.py -k 'golden or flush or scalars or bits or gpu'"),
-    (
-        "fpnl.py",
-        NETWORK,
-        "test_fpnl.py tests/test_arguments.py -k 'forward or entropy or logits or transfer or init or analytic'",
-    ),
-    ("fpnl.py", ES, "test_fpnl.py tests/test_arguments.py -k 'not golden and not bits_of'"),
-    ("fpnl.py", "adamw leaves", "test_fpnl.py tests/test_arguments.py -k 'adamw'"),
+    ("fpnl.py", ARITHMETIC, f"{FPNL} 'golden or flush or bits or gpu'"),
+    ("fpnl.py", NETWORK, f"{FPNL} 'forward or entropy or logits or transfer or init or analytic'"),
+    ("fpnl.py", ES, f"{FPNL} 'not golden and not bits_of'"),
+    ("fpnl.py", "adamw leaves", f"{FPNL} 'adamw'"),
     ("train.py", STEP, "tests/test_train.py -k 'not bad_input and not mpi'"),
 ]
 CONFIG = """
