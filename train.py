@@ -73,7 +73,7 @@ OPTIONS = {
     "smoothing": (0.0, SHARE, "share of each label that is spread over all classes"),
     "seed": (0, number(int, 0, 2**32 - 1), "of the weights, the order of the images and the mutations"),
 }
-PRESETS = {"best": {"epochs": 100.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
+PRESETS = {"best": {"epochs": 100.0, "weight_decay": 1.0, "control_variate": True, "dropout": 0.2, "smoothing": 0.1}}
 # So do these: images that are measured together (task), whose losses are looked at together (piece), of a batch for
 # each mask of dropout (mask); the least probability with which an image is measured; the version of all that.
 FIXED = {"version": 3, "task": 64, "piece": 256, "mask": 64, "least": 0.02}

@@ -32,7 +32,7 @@ RUNS = {  # in the order of their final errors
     "es-off": ("ES, gradual underflow", ORANGE, (0, (1, 1))),
     "linear": ("backprop, linear", RED, "--"),
     "deadzone": ("backprop, dead zone known", BLACK, "-."),
-    "es-before": ("ES, flush to zero, 30 epochs", BLUE, "-"),  # of the machine that the others are of
+    "es": ("ES, flush to zero", BLUE, "-"),
     "relu": ("backprop, ReLU", GREEN, ":"),
 }
 PEERS = {  # as in docs/peers.py

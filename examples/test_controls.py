@@ -217,8 +217,9 @@ def test_bad_input_ends_in_one_line_with_nothing_written(tmp_path):
 
 
 def cells(name):
-    """Of a row of a published table: mean and standard deviation of the last lines of three seeds' logs."""
-    last = [(ROOT / f"docs/runs/{name}-{seed}.csv").read_text("utf-8").splitlines()[-1].split(",") for seed in range(3)]
+    """Of a row of a published table: mean and standard deviation of the last lines of its logs, one of each seed."""
+    logs = (ROOT / "docs/runs").glob(f"{name}-[0-9].csv")
+    last = [log.read_text("utf-8").splitlines()[-1].split(",") for log in logs]
     columns = [[100 * float(line[i]) for line in last] for i in (3, 4)]
     return " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns)
 
