@@ -10,13 +10,13 @@ strategies (ES), which compare mutated networks, can, and train it.
     u3 = u2 @ W3 + b3 / S
     o  = u3 * S                             o: the logits
 
-As on the hardware of the post, each +, / and * flushes its operands and its result, and the products @ keep subnormals.
-u1 @ W2 is computed as h1 @ W2 / S, with h = u S; this division is part of the product, and does not flush. While |b| is
-below 1/2, b2 / S and b3 / S are 0: those biases do not act, but the addition of this 0 flushes the product. So
+As on the hardware of the post, each +, / and * flushes its operands and its result, but the products @ keep subnormals.
+(With h = u S, u1 @ W2 is computed as h1 @ W2 / S, and this division, a part of the product, does not flush either.)
+While |b| is below 1/2, b2 / S and b3 / S flush to 0: those biases do nothing, but to add that 0 flushes the product. So
 
     h1 = t(x @ W1 + b1),   h2 = t(h1 @ W2),   o = t(h2 @ W3),   with the dead zone   t(z) = z if |z| >= 1/2, else 0
 
-(In all layers but the first, 0.49999997, the float32 below 1/2, gives 1/2 and not 0: see `activations`.)
+of the logits, too. (In all layers but the first, 0.49999997, the float32 below 1/2, gives 1/2: see `activations`.)
 
 Usage, for any depth:
 
@@ -54,9 +54,6 @@ import numpy as np
 if int(np.__version__.split(".")[0]) < 2:
     raise ImportError(f"fpnl: expected NumPy 2 or later, found {np.__version__}")
 
-__all__ = "TINY SCALE SIZES flush hardware_ftz add subtract multiply divide forward activations mutation_signs".split()
-__all__ += "cross_entropy es_slopes es_gradient es_gradient_plain gradient_from_slopes mapped init adamw leaves".split()
-
 float32 = np.float32
 # The smallest normal float32.
 TINY = float32(2.0**-126)
@@ -78,11 +75,9 @@ def _ieee():
 
 # --- Flush-to-zero arithmetic -----------------------------------------------------------------------------------------
 #
-# Functions that check arguments (`_float32`, `_one_of`, `_check`, ...) are at the end of the file: they raise, or
-# return NumPy's own arrays of the same values.
+# Functions that check arguments (`_float32`, `_one_of`, ...) are at the end: they raise, or return plain NumPy arrays.
 
 
-@_ieee()
 def flush(x):
     """Replace every subnormal by the zero of its sign (what DAZ, "denormals are zero", does to an operand).
 
@@ -152,10 +147,10 @@ def divide(a, b, daz=True, tininess="after"):
 # tiny. Any result that is not flushed is the IEEE result. (From LEAST to TINY, x is rounded to TINY.)
 #
 # float64 can decide whether |x| < LEAST. Products, and sums near TINY, are exact in it. Quotients are rounded, by a
-# relative 2^-53 at most, but none is so near to LEAST: in units of TINY, a quotient of two float32 is m / n, integers
-# below 2^24, one of them times a power of two. If m < n, then m < 2^24 in either case, and m / n <= m / (m + 1) <= 1 -
-# 2^-24, while LEAST is 1 - 2^-25; else m / n >= 1. So no quotient is between LEAST and TINY, and no sum is, as sums are
-# multiples of 2^-149: "after" and "before" differ on `multiply` alone.
+# relative 2^-53 at most, but none is so near to LEAST: in units of TINY, a quotient of two float32 is m / n, integers,
+# one below 2^24, and the other, too, but for a factor that is a power of two. If m < n, then m < 2^24, whichever it is,
+# and m / n <= m / (m + 1) <= 1 - 2^-24, while LEAST is 1 - 2^-25; else m / n >= 1. So no quotient is between LEAST and
+# TINY, and no sum is, as sums are multiples of 2^-149: "after" and "before" differ on `multiply` alone.
 LEAST = {"after": 2.0**-126 - 2.0**-151, "before": 2.0**-126}
 
 
@@ -181,7 +176,7 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
     x : [n, inputs] float32.
     ftz : True, every operation but the product flushes its operands and its result; "hardware", the CPU's own flags do
         that, with the same bits (compared on Linux x86-64); False, the same operations with gradual underflow: the
-        network is linear up to rounding. Either `tininess` of `add` would give the same bits.
+        network is linear up to rounding. (No operation that flushes is one on which the `tininess` of `add` matters.)
     scale : S, a float32 power of two from 1 to 2^126; the dead zones end at |z| = S TINY.
     transfer : for comparison, an ordinary network without S and flush, whose hidden units have this function of an
         array of sums (float32 to float32, elementwise) and whose logits are linear.
@@ -197,21 +192,18 @@ def forward(params, x, ftz=True, scale=SCALE, transfer=None):
 @_ieee()
 def activations(params, x, ftz=True, scale=SCALE, transfer=None):
     """h = u S of every layer, [n, width] each; the last are the logits. Arguments and errors: see `forward`."""
-    # ts: what makes h of the sums where there is a transfer, a function a layer: `transfer`, and for the logits
-    # np.positive, which changes nothing.
+    # With a transfer, S is 1, nothing flushes, and ts are what makes h of the sums of each layer: the transfer, and for
+    # the logits np.positive, which changes nothing.
     params, x, ts, _ = _network(params, x, ftz, scale, transfer)
-    # With a transfer, S is 1 and nothing flushes.
     ftz, scale = (ftz, scale) if transfer is None else (False, float32(1))
     plus, over = (np.add, np.divide) if ftz in (False, "hardware") else (add, divide)
-    flags = hardware_ftz() if ftz == "hardware" else contextlib.nullcontext()
     hs = [x]
     for l, ((W, b), t) in enumerate(zip(params, ts)):
-        # The product u @ W is computed as h @ W / S, equal to it in the real numbers, as h is u S. It is rounded once
-        # where it is subnormal, and not in each term and partial sum; and products of subnormals take 200 times as
-        # long on one CPU (not on an AMD EPYC, Zen 3). This division does not flush. So, if h @ W is 0.49999997, the
-        # quotient, TINY - 2^-150, is rounded to TINY, and h is 1/2.
+        # The product u @ W, computed as h @ W / S, is rounded once where it is subnormal, and not in each term and
+        # partial sum. (Products of subnormals take 200 times as long, too, on some CPUs.) This division does not flush.
+        # So, if h @ W is 0.49999997, the quotient, TINY - 2^-150, is rounded to TINY, and h is 1/2.
         product = hs[-1] @ W if l == 0 else hs[-1] @ W / scale
-        with flags:
+        with hardware_ftz() if ftz == "hardware" else contextlib.nullcontext():
             u = over(plus(product, b), scale) if l == 0 else plus(product, over(b, scale))
         # u S is exact, and where u is flushed it is 0 or at least S TINY: to flush it, too, would change nothing.
         hs.append(u * scale if transfer is None else t(u))
@@ -237,7 +229,11 @@ def cross_entropy(logits, labels, smoothing=0.0):
     TypeError : logits are not float32, or labels not integers. ValueError : labels of another shape or range, another
     smoothing.
     """
-    logits, labels = _check_labels(logits, labels)
+    logits, labels = _float32(logits, "logits"), _array(labels, "labels")
+    _require(labels.dtype.kind in "iu", "labels", "integers", labels.dtype, TypeError)
+    fit = labels.shape == logits.shape[-2:-1] and labels.size > 0 and logits.ndim > 1
+    _require(fit, "logits, labels", "[..., n, classes], [n], n > 0", f"{logits.shape}, {labels.shape}")
+    _require(0 <= labels.min() and labels.max() < logits.shape[-1], "labels", f"all in [0, {logits.shape[-1]})", labels)
     _require(0 <= smoothing <= 1, "smoothing", "a share from 0 to 1", smoothing)
     # The classes first, in an array of its own, which is written over: half the time.
     z = np.moveaxis(logits, -1, 0).copy()
@@ -250,29 +246,28 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # THE ALGORITHM. For each example, whose loss is L, and each layer, from the last to the first:
 #
-#     a                        the layer's input, x or the h of the layer below; and one more entry, which is 1 if the
-#                              biases of the layer act, else 0
+#     a                        the layer's input, x or the h of the layer below; and one more entry, 1 if the layer's
+#                              biases act, else 0 (the first layer's act; all, if ftz=False or with a `transfer`)
 #     V                        the layer's weights W, with b as one more row
 #     z = a @ V,  h = t(z)     its sums and its outputs, one of each for every unit j
-#     d = sigma |a|            how far a mutation moves a sum
+#     d = sigma |a|            how far a mutation, sigma long, moves a sum
+#     k                        `block`, but 1 in the last hidden layer and in the logits' layer
 #     for each block J, k consecutive units of the layer, the last block perhaps fewer:
-#         e_j = +1 or -1       at random, for each j in J
-#         L+, h+               L and h of a *member*, the network in which z_j is z_j + e_j d for all j in J
+#         e_j = +1 or -1       at random, for each j in J, by `mutation_signs`
+#         L+, h+               L and h of a *member*: the network, but that z_j is z_j + e_j d for all j in J
 #         L-, h-               L and h of its mirror image, in which z_j is z_j - e_j d for all j in J
 #         r = L+ - L-          one number for the block
 #         c_j = h+_j - h-_j    how far the unit's own output moves
 #         s_j = r / (2 e_j d)  the slope of L along z_j; but 0 where c_j = 0, and where d = 0
 #     dV = a^T s               the slope along V, as z is linear in it: [fan_in + 1, width], dW and in the last row db
 #
-# The result, called the gradient, is the sum over the examples of w dV, with weights w of 1 / n if none are given. k is
-# `block`, but 1 in the last hidden layer and in the logits' layer. e_j is drawn by `mutation_signs`. The biases act in
-# the first layer, but in all if nothing flushes (ftz=False, or with a `transfer`): `acting` counts those layers.
+# The result, called the gradient, is the sum over the examples of w dV; an example's w is 1 / n if none is given.
 #
-# WHY ALONG a. ES estimates a gradient as the mean of (L(V + sigma e) - L(V - sigma e)) e / (2 sigma), with e ~ N(0, 1)
-# for each of all N weights. With M such pairs of members, the noise is about sqrt(N / M) times as long as the gradient,
-# and N is 669,706 here. But an example sees the weights of unit j only through z_j. A mutation of V[:, j] orthogonal to
-# a moves no z_j, so none is tried; one along a, of length sigma, is +- sigma a / |a|, and moves z_j by +- d. (The field
-# calls this node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
+# WHY ALONG a. ES estimates a gradient as the mean of (L(v + sigma g) - L(v - sigma g)) g / (2 sigma), v being all N
+# weights of the network, and g ~ N(0, 1) for each. With M such pairs of members, the noise is about sqrt(N / M) times
+# as long as the gradient, and N is 669,706 for SIZES. But an example sees the weights of unit j only through z_j. A
+# mutation of V[:, j] orthogonal to a moves no z_j, so none is tried; one along a, of length sigma, is +- sigma a / |a|,
+# and moves z_j by +- d. (Node perturbation: Williams 1992; Werfel, Xie, Seung 2003; Dalm, van Gerven, Ahmad 2023.)
 #
 # WHY BLOCKS. The k units of a block share two losses, so there are fewer of them. But for each unit, what the others
 # add to r is noise. In the last two layers k = 1, as members are cheap: one row of weights leads from a unit to the
@@ -280,8 +275,8 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 # WHY 0 IF c_j = 0. Then L does not depend on e_j, and the slope is 0: r is what the others add.
 #
-# WHAT s_j ESTIMATES. Let q_i = e_i e_j be the signs of the other units of the block as seen from unit j, and L(z, q)
-# the loss if z_j is z and each of the others is moved by q_i d. Then, for e_j = 1 and for e_j = -1,
+# WHAT s_j ESTIMATES. Let q_i = e_i e_j be the signs of the other units of the block as seen from unit j, and L(y, q)
+# the loss if z_j is y and each of the others is moved by q_i d. Then, for e_j = 1 and for e_j = -1,
 #
 #     r / e_j = L(z_j + d, q) - L(z_j - d, -q)
 #
@@ -289,9 +284,9 @@ def cross_entropy(logits, labels, smoothing=0.0):
 #
 #     (L(z_j + d, q) - L(z_j - d, q)) / (2 d),      averaged over all q
 #
-# (A slope of 0 where c_j = 0 adds no bias: whether c_j is 0 depends on no sign.) If k = 1, there is no q and no noise.
-# These slopes are not the gradient of the loss smoothed by a Gaussian (signs are not Gaussian, a block is not the whole
-# network), nor, in general, the gradient of any function.
+# (A slope of 0 where c_j = 0 adds no bias: whether c_j is 0 depends on no sign.) If k = 1, there is no q, and no noise:
+# s_j is a difference, and its sign cancels. These slopes are not the gradient of the loss smoothed by a Gaussian (signs
+# are not Gaussian, a block is not the whole network, d depends on a), nor, in general, of any function.
 #
 # THE CONTROL VARIATE, an option, for blocks of k > 1. Let s' be the slopes of the layer above, which have just been
 # measured, and W' its weights. The chain rule predicts that unit j adds p_j = c_j (W' s')_j to r. The predictions for
@@ -304,11 +299,10 @@ def cross_entropy(logits, labels, smoothing=0.0):
 # noise. p is a linear surrogate of the loss, made of measured slopes. (With the same s', backprop would have s_j =
 # t'(z_j) (W' s')_j; that is p_j / (2 e_j d) with the derivative in the place of c_j / (2 e_j d).)
 #
-# THE COST of an example's losses, with H hidden layers of m units, if only what a mutation changes is computed again
-# (here: with H = 2, m = 512, k = 4):
+# THE COST of an example, with H hidden layers of m units, if only what a mutation changes is computed again: for SIZES
 #
-#     2 ((H - 1) m / k + m + classes)                              losses: 2 (512 / 4 + 512 + 10) = 1,300 here
-#     2 (H - 1) m^2 (1 + classes / k) + (H - 1) (H - 2) m^3 / k    multiplications, about: 1.8 million here
+#     2 ((H - 1) m / k + m + classes)                              losses: 2 (512 / 4 + 512 + 10) = 1,300
+#     2 (H - 1) m^2 (1 + classes / k) + (H - 1) (H - 2) m^3 / k    multiplications, about: 1.8 million
 
 
 @_ieee()
@@ -320,7 +314,7 @@ def es_gradient_plain(
     Arguments and results are those of `es_gradient`, below. `losses` is the loss of each example: logits [..., n,
     classes] and labels -> [..., n]. `net` are ftz, scale and transfer, as in `forward`.
     """
-    # w: the weights, or 1 / n; signs: [width, n] of each layer.
+    # acting: in how many layers, from the first, the biases act; signs: [width, n] of each layer.
     params, x, labels, w, acting, _ = _check(params, x, labels, sigma, block, losses, control_variate, weights, **net)
     signs = _of_layers(mutation_signs(rng, params, len(x)), params)
     grads = [np.zeros((len(W) + 1, len(b)), float32) for W, b in params]
@@ -348,10 +342,10 @@ def es_gradient_plain(
 
 # --- The same, fast ---------------------------------------------------------------------------------------------------
 #
-# The specification ends here. From here to `init`, the same is computed for many examples at once. `mutation_signs`
-# draws all signs. `es_slopes` measures s: it does not compute again what is below a mutation, and of the sums in the
-# layer above it computes only the change. `gradient_from_slopes` has that done in tasks, which a pool may compute.
-# `es_gradient` is the two together. The symbols of the algorithm, and their names in the code:
+# From here to `init`, the same is computed for many examples at once. `mutation_signs` draws all signs. `es_slopes`
+# measures s: it does not compute again what is below a mutation, and of the sums in the layer above it computes only
+# the change. `es_gradient` has that done in tasks, which a pool may compute, and makes the gradient of it. The symbols
+# of the algorithm, and their names in the code:
 #
 #     symbol     es_gradient_plain     es_slopes, for n examples at once
 #     a          a                     a[l] [fan_in, n], without the entry for the bias
@@ -385,23 +379,20 @@ def _dead_zone(z, ftz, scale):
 
 def _blocks(rows, k):
     """[width, m] -> [blocks, k, m]; the last is filled up with zeros."""
-    rows = np.pad(rows, ((0, -len(rows) % k), (0, 0))) if len(rows) % k else rows
-    return rows.reshape(-1, k, rows.shape[1])
+    return np.pad(rows, ((0, -len(rows) % k), (0, 0))).reshape(-1, k, rows.shape[1])
 
 
 def _member_losses(change, k, z, layers, labels, losses):
     """L of all members of a layer and of their mirror images, [2, blocks, n].
 
     change : how h+ and h- of that layer differ from h, [width, 2, n]. z : the sums of the next layer, [next width, n],
-    without mutations. layers : (W, b, t) of the next layer and of all above it. (For members of the
-    logits' layer, `es_slopes` puts one more above it, whose sums are the logits.)
+    without mutations. layers : (W, b, t) of the next layer and of all above it.
     """
     (W, _, t), *above = layers
-    n, classes = z.shape[1], layers[-1][0].shape[1]
     # [blocks, k, 2 n]; [blocks, k, next width]; [next width, 2 n].
-    change, W, z = _blocks(change.reshape(len(change), 2 * n), k), _blocks(W, k), np.tile(z, 2)
+    change, W, z = _blocks(change.reshape(len(change), -1), k), _blocks(W, k), np.tile(z, 2)
     # As many blocks at once as the cache holds, which saves a tenth of the time.
-    some, found = max(1, (1 << 19) // (max(len(z), classes) * 2 * n)), []
+    some, found = max(1, (1 << 19) // z.size), []
     for i in range(0, len(W), some):
         # [some, next width, 2 n], then [some, classes, 2 n].
         h = np.matmul(W[i : i + some].swapaxes(1, 2), change[i : i + some])
@@ -409,7 +400,7 @@ def _member_losses(change, k, z, layers, labels, losses):
         for W2, b2, t2 in above:
             h = t2(W2.T @ h + b2)
         # The logits as [some, 2, n, classes].
-        found.append(losses(np.moveaxis(h.reshape(-1, classes, 2, n), 1, -1), labels))
+        found.append(losses(np.moveaxis(h.reshape(*h.shape[:2], 2, -1), 1, -1), labels))
     return np.concatenate(found).swapaxes(0, 1)
 
 
@@ -419,7 +410,7 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
 
     The same slopes as in `es_gradient_plain`, but for rounding: z + d here, a @ (V + mutation) there. So sigma |a|
     should be far above the rounding of z; and a unit whose sum is at the edge of the dead zone may be 0 in one of the
-    two and live in the other. 0.49999997 is 0 here, in all layers.
+    two and not in the other. 0.49999997 gives 0 here, in all layers.
 
     Parameters
     ----------
@@ -436,18 +427,17 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
     # A bias that does not act is 0. From here to the end an example is a column: a row takes 1.5 times as long.
     layers = [(W, b[:, None] * (l < acting), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
+    # One more, above the logits: its weights are the identity, and its sums the logits.
+    layers.append((np.eye(len(params[-1][1]), dtype=float32), float32(0), np.positive))
     a, z, s = [x.T], [], {}
     for W, b, t in layers:
         z.append(W.T @ a[-1] + b)
         a.append(t(z[-1].copy()))
-    # The layer above the logits: its sums are the logits, its weights the identity.
-    z.append(a[-1])
-    identity = [(np.eye(len(a[-1]), dtype=float32), float32(0), np.positive)]
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
         d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
         h = layers[l][2](np.stack([z[l] + e * d, z[l] - e * d], axis=1))
-        L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
+        L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :], labels, losses)
         r, c, p = L[0] - L[1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and k > 1:
             p = c * (params[l + 1][0] @ s[l + 1])
@@ -455,36 +445,7 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
         # [width, n]: what is one number for a block is repeated for each of its units. From r all p_i of the block have
         # been subtracted, so a unit's own is added. Where d is 0, c is 0, and so is s.
         s[l] = (np.repeat(r, k, axis=0)[: len(e)] + p) * (c != 0) * (e * (0.5 / np.maximum(d, TINY)))
-    return [h.T for h in a[1:]], [s[l].T for l in range(len(params))]
-
-
-@_ieee()
-def gradient_from_slopes(measure, params, x, labels, signs, weights, acting, task=32, workers=None, map_tasks=map):
-    """sum_i w_i a_i^T s_i, the gradient of sum_i w_i L_i, from slopes s that are measured in tasks.
-
-    Parameters
-    ----------
-    measure : a function that returns what `es_slopes` does, and is called with the keywords params, x, labels and
-        signs; the last three are some rows of those given here. (`es_gradient` gives `es_slopes`.)
-    weights : w, [n] float32.
-    acting : the biases act in so many layers, from the first; in the others db = 0.
-    Others as in `es_gradient`.
-
-    Returns
-    -------
-    list of (dW, db), and the logits [n, classes].
-    """
-    x, weights = _in_order(_float32(x, "x")), _float32(weights, "weights")
-    # The least even number of tasks that have at most `task` rows each. But task / 2 rows or fewer are one task, and no
-    # task is empty.
-    count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
-    parts = zip(*(np.array_split(rows, count) for rows in (x, _array(labels, "labels"), _array(signs, "signs"))))
-    tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
-    # found[task][0][l] is h of layer l, found[task][1][l] is s.
-    found = mapped(measure, tasks, workers, map_tasks)
-    outputs, slopes = ([np.concatenate([of[i][l] for of in found]) for l in range(len(params))] for i in (0, 1))
-    slopes = [weights[:, None] * s for s in slopes]
-    return [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(zip([x, *outputs], slopes))], outputs[-1]
+    return [h.T for h in a[1:-1]], [s[l].T for l in range(len(params))]
 
 
 @_ieee()
@@ -508,9 +469,8 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entrop
         logits.
     control_variate : whether the chain rule's prediction is taken out of a block's difference, where k > 1.
     weights : w, [n] float32, finite and >= 0: the gradient is that of sum_i w_i L_i. None: of the mean, w = 1 / n.
-    task : at most so many examples are measured together. They are cut into an even number of tasks, whose sizes differ
-        by one at most, so that two workers have the same to do; `task` / 2 examples or fewer are one task. The cut
-        decides the last bits. A small network is faster with more than 32.
+    task : at most so many examples are measured together. The cut decides the last bits. A small network is faster with
+        more than 32.
     workers : into how many lists the tasks are put for `map_tasks`, best the number of processes or machines, as the
         weights travel once with each list. None: each task is a list.
     map_tasks : calls a function with each of a list of arguments and returns the results in their order, like the
@@ -534,9 +494,17 @@ def es_gradient(params, x, labels, rng, sigma=0.02, block=4, losses=cross_entrop
     _count("task", task)
     _count("workers", 1 if workers is None else workers)
     how = {"sigma": sigma, "block": block, "losses": losses, "control_variate": control_variate, **net}
-    measure, signs = functools.partial(es_slopes, **how), mutation_signs(rng, params, len(x))
-    found = gradient_from_slopes(measure, params, x, labels, signs, w, acting, task, workers, map_tasks)
-    return (found[0], losses(found[1][None], labels)[0]) if return_losses else found[0]
+    # The least even number of tasks that have at most `task` rows each, so that two workers have the same to do. But
+    # task / 2 rows or fewer are one task, and no task is empty.
+    count = min(len(x), 2 * -(-len(x) // (2 * task))) if len(x) > task // 2 else 1
+    parts = zip(*(np.array_split(rows, count) for rows in (x, labels, mutation_signs(rng, params, len(x)))))
+    tasks = [dict(zip(("params", "x", "labels", "signs"), (params, *part))) for part in parts]
+    # found[task][0][l] is h of layer l, found[task][1][l] is s.
+    found = mapped(functools.partial(es_slopes, **how), tasks, workers, map_tasks)
+    hs, slopes = ([np.concatenate([of[i][l] for of in found]) for l in range(len(params))] for i in (0, 1))
+    terms = [(a, w[:, None] * s) for a, s in zip([x, *hs], slopes)]
+    grads = [(a.T @ s, s.sum(axis=0) * (l < acting)) for l, (a, s) in enumerate(terms)]
+    return (grads, losses(hs[-1][None], labels)[0]) if return_losses else grads
 
 
 def mapped(function, tasks, workers=None, map_tasks=map):
@@ -791,15 +759,6 @@ def _network(params, x, ftz=True, scale=SCALE, transfer=None):
     h = transfer(np.zeros((1, 1), float32)) if callable(transfer) else repr(transfer)
     _require(_float32(h, "transfer's result").shape == (1, 1), "transfer", "a result of its argument's shape", h)
     return _in_order(layers), _in_order(x), [transfer] * (len(layers) - 1) + [np.positive], len(layers)
-
-
-def _check_labels(logits, labels):
-    logits, labels = _float32(logits, "logits"), _array(labels, "labels")
-    _require(logits.ndim >= 2 and logits.shape[-2] >= 1, "logits", "[..., n, classes], n >= 1", f"shape {logits.shape}")
-    _require(labels.dtype.kind in "iu", "labels", "integers", labels.dtype, TypeError)
-    _require(labels.shape == logits.shape[-2:-1], "labels", f"shape {logits.shape[-2:-1]}", f"shape {labels.shape}")
-    _require(0 <= labels.min() and labels.max() < logits.shape[-1], "labels", f"all in [0, {logits.shape[-1]})", labels)
-    return logits, labels
 
 
 def _check(params, x, labels, sigma, block, losses, control_variate, weights=None, **net):

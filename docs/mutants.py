@@ -25,7 +25,7 @@ import data
 
 ARITHMETIC = "flush add subtract multiply divide _flushed"
 NETWORK = "forward activations cross_entropy init"
-ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes gradient_from_slopes es_gradient"
+ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes es_gradient"
 ES += " mapped _work _of_layers _in_order"
 STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
 FPNL = "test_fpnl.py tests/test_arguments.py -k"
