@@ -55,7 +55,7 @@ def loop(row, sets, options, seed, **settings):
             yield lambda: run.params
 
 
-def population(draw, sets, seed, members, sigma, lr, weight_decay, batch, **_):
+def population(draw, sets, seed, members, sigma, lr, weight_decay, batch, steps=math.inf, **_):
     """g = E[(L(w + sigma e) - L(w - sigma e)) e] / (2 sigma) over pairs of members, a share of them a thread; AdamW."""
     rng, threads = np.random.default_rng(seed), data.cores()
     w = controls.flattened(fpnl.init(rng))
@@ -74,7 +74,8 @@ def population(draw, sets, seed, members, sigma, lr, weight_decay, batch, **_):
             x, y = data.pixels(sets[0][images]), sets[1][images]
             pairs = [len(part) for part in np.array_split(np.arange(members // 2), threads)]
             g = sum(pool.map(functools.partial(share, x, y), pairs, rng.spawn(threads)))
-            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, lr, weight_decay)
+            rate = lr * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+            fpnl.adamw(w, g / np.float32(2 * sigma * (members // 2)), m, v, step, rate, weight_decay)
             yield lambda: controls.as_params(w, fpnl.SIZES)
 
 
@@ -90,7 +91,7 @@ def gaussians(rng, n):
     return rng.standard_normal(n, np.float32)
 
 
-def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
+def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, steps=math.inf, **_):
     import jax
     import jax.numpy as jnp
     import optax
@@ -99,7 +100,10 @@ def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=weight_decay), **schedule)
+    adamw = optax.adamw(
+        lambda step: lr * (1 + jnp.cos(jnp.pi * jnp.minimum(step / steps, 1))) / 2, weight_decay=weight_decay
+    )
+    es = getattr(algorithms, name)(members, start, optimizer=adamw, **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
     @jax.jit
@@ -185,6 +189,8 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
+SIGNS_HOUR = POPULATION | {"members": 256, "steps": 16000}  # the rate falls to 0 as half a cosine
+OPEN_ES_HOUR = POPULATION | {"steps": 16000}
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
 BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
 LONGER = BACKPROP | {"lr": 3e-3, "epochs": 14}
@@ -198,6 +204,8 @@ PEERS = {  # name of the log: row of the table, trainer, its settings; of the ma
     "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), POPULATION),
     "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), POPULATION),
     "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), POPULATION | {"members": 128, "lr": 1e-2}),
+    "signs-hour": ("population ES, signs", functools.partial(population, random_signs), SIGNS_HOUR),
+    "open-es-hour": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), OPEN_ES_HOUR),
     "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), EVOTORCH),
     "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), EVOTORCH | {"lr": 3}),
 }
@@ -235,7 +243,7 @@ def main():
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
     add("--seeds", type=train.number(int, 0, math.inf), nargs="+", default=[0], help="one after the other")
     add("--marks", type=train.SHARE, nargs="+", default=MARKS, help="accuracies to be timed (default: %(default)s)")
-    kinds = {name: train.COUNT for name in ("members", "batch")}
+    kinds = {name: train.COUNT for name in ("members", "batch", "steps")}
     kinds |= {name: train.SIZE for name in ("sigma", "lr", "weight_decay", "beta2", "epochs")}
     for name, kind in kinds.items():
         says = "instead of the settings chosen; several: all combinations"
@@ -262,11 +270,11 @@ def main():
             found = [next((at for at, score in rows if score >= mark), math.inf) for mark in args.marks]
             reached.setdefault(label, []).append(found)
             ended.setdefault(label, []).append(rows[-1][0])
-            print(f"{label:75} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
+            print(f"{label:85} {100 * rows[-1][1]:6.2f} after {rows[-1][0]:4.0f} s", flush=True)
     reached, ended = ({label: np.mean(of_seeds, axis=0) for label, of_seeds in of.items()} for of in (reached, ended))
     base = reached.get(PEERS["main"][0])
     print(
-        f"\n{f'seconds to an accuracy of, mean of {len(args.seeds)} seeds':75}"
+        f"\n{f'seconds to an accuracy of, mean of {len(args.seeds)} seeds':85}"
         + "".join(f"{m:>19.1%}" for m in args.marks)
     )
     for label, seconds in reached.items():
@@ -274,7 +282,7 @@ def main():
         cells = [f"{more}{at:.1f}" for more, at in least]
         if base is not None and max(base) < math.inf:
             cells = [f"{cell} ({more}{at / own:.3g}x)" for cell, (more, at), own in zip(cells, least, base)]
-        print(f"{label:75}" + "".join(f"{cell:>19}" for cell in cells))
+        print(f"{label:85}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 if __name__ == "__main__":
