@@ -189,8 +189,8 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
-SIGNS_HOUR = POPULATION | {"members": 256, "steps": 16000}  # the rate falls to 0 as half a cosine
-OPEN_ES_HOUR = POPULATION | {"steps": 16000}
+SIGNS_HOUR = POPULATION | {"members": 256, "steps": 4600}  # the rate falls to 0 as half a cosine
+OPEN_ES_HOUR = POPULATION | {"steps": 5600}
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
 BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
 LONGER = BACKPROP | {"lr": 3e-3, "epochs": 14}
