@@ -4,6 +4,7 @@ project, by evosax and by evotorch.
 
     pip install -e '.[peers]'
     python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
+    python docs/peers.py docs/runs --peers signs-hour --seconds 3600
     python docs/peers.py docs/runs/race --peers main deadzone deadzone-long deadzone-some --seeds 0 1 2
     python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
 
@@ -91,7 +92,7 @@ def gaussians(rng, n):
     return rng.standard_normal(n, np.float32)
 
 
-def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, steps=math.inf, **_):
+def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
     import jax
     import jax.numpy as jnp
     import optax
@@ -100,10 +101,7 @@ def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, steps=math
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    adamw = optax.adamw(
-        lambda step: lr * (1 + jnp.cos(jnp.pi * jnp.minimum(step / steps, 1))) / 2, weight_decay=weight_decay
-    )
-    es = getattr(algorithms, name)(members, start, optimizer=adamw, **schedule)
+    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=weight_decay), **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
     @jax.jit
@@ -189,8 +187,7 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
-SIGNS_HOUR = POPULATION | {"members": 256, "steps": 4600}  # the rate falls to 0 as half a cosine
-OPEN_ES_HOUR = POPULATION | {"steps": 5600}
+SIGNS_HOUR = POPULATION | {"members": 256, "steps": 4600}  # of an hour, in which the rate falls as half a cosine
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
 BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
 LONGER = BACKPROP | {"lr": 3e-3, "epochs": 14}
@@ -204,10 +201,9 @@ PEERS = {  # name of the log: row of the table, trainer, its settings; of the ma
     "gaussians": ("population ES, Gaussians", functools.partial(population, gaussians), POPULATION),
     "open-es": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), POPULATION),
     "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), POPULATION | {"members": 128, "lr": 1e-2}),
-    "signs-hour": ("population ES, signs", functools.partial(population, random_signs), SIGNS_HOUR),
-    "open-es-hour": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), OPEN_ES_HOUR),
     "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), EVOTORCH),
     "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), EVOTORCH | {"lr": 3}),
+    "signs-hour": ("population ES, signs", functools.partial(population, random_signs), SIGNS_HOUR),
 }
 
 
@@ -237,7 +233,14 @@ def main():
     parser.error = train.fail
     add = parser.add_argument
     add("folder", type=pathlib.Path, help="for the logs")
-    add("--peers", nargs="+", choices=PEERS, default=[*PEERS], metavar="NAME", help=f"of {', '.join(PEERS)}")
+    add(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=[n for n in PEERS if "hour" not in n],
+        metavar="NAME",
+        help=f"of {', '.join(PEERS)}",
+    )
     add("--seconds", type=train.LONG, default=300, help="of each (default: 300)")
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)
