@@ -39,6 +39,7 @@ PEERS = {  # as in docs/peers.py
     "main": ("the main job", BLUE, "-"),
     "signs": ("population ES, signs", ORANGE, "-"),
     "signs-256": ("the same, 256 members", ORANGE, ":"),
+    "signs-hour": ("the same, a rate that falls", "#CC79A7", "-"),
     "gaussians": ("population ES, Gaussians", ORANGE, "--"),
     "open-es": ("evosax Open_ES", GREEN, "-"),
     "pgpe": ("evosax PGPE", GREEN, "--"),
