@@ -379,7 +379,7 @@ def _dead_zone(z, ftz, scale):
 
 def _blocks(rows, k):
     """[width, m] -> [blocks, k, m]; the last is filled up with zeros."""
-    return np.pad(rows, ((0, -len(rows) % k), (0, 0))).reshape(-1, k, rows.shape[1])
+    return (np.pad(rows, ((0, -len(rows) % k), (0, 0))) if len(rows) % k else rows).reshape(-1, k, rows.shape[1])
 
 
 def _member_losses(change, k, z, layers, labels, losses):
