@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import functools
 import pathlib
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -83,7 +84,7 @@ def main():
                 count[function] += 1
                 killed[function] += outcome == "KILLED"
                 if outcome != "KILLED":
-                    living[function].append(change)
+                    living[function] += re.findall(r"^[+-](?![+-]).*", change, re.MULTILINE)
             for function in count:
                 print(f"{group[0]} {function}: {count[function]} mutants, {killed[function]} killed", flush=True)
                 print(*living[function], sep="\n", end="\n" * bool(living[function]))
