@@ -29,8 +29,8 @@ NETWORK = "forward activations cross_entropy init"
 ES = "es_gradient_plain mutation_signs _dead_zone _blocks _member_losses es_slopes es_gradient"
 ES += " mapped _work _of_layers _in_order"
 STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
-OF_ES = "members or slopes or losses or layer or variate or signs or maps or cut or of_its_thread or dead_zone"
-OF_ES += " or fast_path or memory_stays or passes or refused or bad_argument or unknown_platform"
+OF_ES = "members or slopes or losses or layer or variate or signs or maps or cut or input_of_zero or dead_zone"
+OF_ES += " or of_its_thread or fast_path or memory_stays or passes or refused or bad_argument or unknown_platform"
 FPNL = "test_fpnl.py tests/test_arguments.py -k"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
     ("fpnl.py", ARITHMETIC, f"{FPNL} 'golden or flush or bits or gpu'"),
