@@ -61,8 +61,7 @@ def tiny_run(digits):
 
 @pytest.mark.parametrize("importance", [0.3, 2, 0])
 def test_an_image_is_measured_with_a_probability_and_counts_the_more(tiny_run, importance):
-    """q = min(1, max(least, N (1 - p))), here in float64; its weight is 1 / (q batch), and none is measured twice.
-    With N = 0, all are measured, and the loss that is told comes from the gradient, without a pass of its own."""
+    """q = min(1, max(least, N (1 - p))), in float64; its weight is 1 / (q batch). N = 0: all, in no pass of its own."""
     tiny_run.settings.importance, (images, labels, *_) = importance, tiny_run.sets
     p = np.exp(fpnl.forward(tiny_run.params, data.pixels(images)).astype(float))
     p = p[np.arange(len(labels)), labels] / p.sum(axis=1)
@@ -101,8 +100,7 @@ def test_a_step_in_which_nothing_is_drawn_is_a_step_of_adamw(tiny_run):
 
 
 def test_the_loss_of_the_weights_is_told_before_a_step_of_adamw_changes_them(tiny_run):
-    """Who stops there has the weights whose loss it was, and can go on as if there had been no stop. After the step, m
-    is a tenth of the gradient, and v a share of 1 - beta2 of its square."""
+    """Who stops there can go on as if there had been no stop. After the step, m is a tenth of the gradient."""
     before = [a.copy() for a in fpnl.leaves(tiny_run.params)]
     loss, steps = next(train.steps(tiny_run)), train.steps(tiny_run)
     assert next(steps) == loss and tiny_run.step == 0
@@ -152,7 +150,7 @@ def test_resume_refuses_other_data_versions_and_networks_by_name(small, tmp_path
     assert_refused(call("--data", small[1], "--evaluate", path), says)
 
 
-def test_reports_and_validation(digits):
+def test_reports_and_validation(digits, tiny_run):
     done = run("--data", digits, *"--validation 500 --epochs 0.2 --batch 50 --reports 3".split())
     title, header, *rows, last = done.stdout.splitlines()
     assert "784-512-512-10" in title and "669,706 weights" in title and "1,500 images" in title
@@ -161,6 +159,8 @@ def test_reports_and_validation(digits):
     columns = r" *\d+\.\d\d +\d+\.\d +\d+\.\d{4}  0\.\d{4} +0\.\d{4}   0\.\d\d 0\.\d\d 0\.\d\d +(\d+ s|\?)"
     assert all(re.fullmatch(columns, row) for row in rows)
     assert last.startswith("result: train ") and " validation " in last
+    live = [np.mean(h != 0) for h in fpnl.activations(tiny_run.params, data.pixels(tiny_run.sets[2]))]
+    assert tiny_run.seconds == 0 and train.score(tiny_run, 2, map)[2:] == pytest.approx(live)
 
 
 def test_until_test_stops_at_the_first_report_over_the_mark(digits, tmp_path, call):
