@@ -427,17 +427,17 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
     _require(signs.shape == shape and np.all(np.abs(signs) == 1), "signs", f"shape {shape} of -1 and +1", signs.shape)
     # A bias that does not act is 0. From here to the end an example is a column: a row takes 1.5 times as long.
     layers = [(W, b[:, None] * (l < acting), t) for l, ((W, b), t) in enumerate(zip(params, ts))]
-    # One more, for members of the logits' layer: its weights are the identity, and its sums the logits.
-    layers.append((np.eye(len(params[-1][1]), dtype=float32), float32(0), np.positive))
     a, z, s = [x.T], [], {}
     for W, b, t in layers:
         z.append(W.T @ a[-1] + b)
         a.append(t(z[-1].copy()))
+    # The layer above the logits: its sums are the logits, its weights the identity.
+    z, identity = [*z, a[-1]], [(np.eye(len(a[-1]), dtype=float32), float32(0), np.positive)]
     for l, e in reversed([*enumerate(_of_layers(signs, params))]):
         k = min(block, len(e)) if l < len(params) - 2 else 1
         d = float32(sigma) * np.sqrt(np.square(a[l]).sum(axis=0) + float32(l < acting))
         h = layers[l][2](np.stack([z[l] + e * d, z[l] - e * d], axis=1))
-        L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 : -1] or layers[-1:], labels, losses)
+        L = _member_losses(h - a[l + 1][:, None], k, z[l + 1], layers[l + 1 :] or identity, labels, losses)
         r, c, p = L[0] - L[1], h[:, 0] - h[:, 1], float32(0)
         if control_variate and k > 1:
             p = c * (params[l + 1][0] @ s[l + 1])
@@ -445,7 +445,7 @@ def es_slopes(params, x, labels, signs, sigma=0.02, block=4, losses=cross_entrop
         # [width, n]: what is one number for a block is repeated for each of its units. From r all p_i of the block have
         # been subtracted, so a unit's own is added. Where d is 0, c is 0, and so is s.
         s[l] = (np.repeat(r, k, axis=0)[: len(e)] + p) * (c != 0) * (e * (0.5 / np.maximum(d, TINY)))
-    return [h.T for h in a[1:-1]], [s[l].T for l in range(len(params))]
+    return [h.T for h in a[1:]], [s[l].T for l in range(len(params))]
 
 
 @_ieee()

@@ -96,8 +96,8 @@ def arithmetic(n=512_000):
 def multiplications(sizes, block, control_variate=False):
     """Floating-point operations an example in the matrix products of a step, two for each weight met."""
     weights, widths = [i * o for i, o in itertools.pairwise(sizes)], sizes[1:]
-    above = [*weights[1:], widths[-1] ** 2]  # the identity above the logits
-    met = sum(weights) + sum([weights[0], *above])  # gradient and forward
+    met = 2 * sum(weights)  # forward and gradient
+    above = [*weights[1:], widths[-1] ** 2]  # members of the last layer are multiplied with the identity
     for l, k in enumerate(block_sizes(sizes, block)):
         blocks = math.ceil(widths[l] / k)  # the last one filled up with zeros
         met += 2 * blocks * (k * above[l] // widths[l] + sum(weights[l + 2 :]))  # members and mirror images

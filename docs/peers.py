@@ -233,14 +233,8 @@ def main():
     parser.error = train.fail
     add = parser.add_argument
     add("folder", type=pathlib.Path, help="for the logs")
-    add(
-        "--peers",
-        nargs="+",
-        choices=PEERS,
-        default=[n for n in PEERS if "hour" not in n],
-        metavar="NAME",
-        help=f"of {', '.join(PEERS)}",
-    )
+    short = [name for name in PEERS if "hour" not in name]
+    add("--peers", nargs="+", choices=PEERS, default=short, metavar="NAME", help=f"of {', '.join(PEERS)}")
     add("--seconds", type=train.LONG, default=300, help="of each (default: 300)")
     says = "hold out so many training images, and evaluate on them"
     add("--validation", type=train.number(int, 0, 1e6), default=0, help=says)

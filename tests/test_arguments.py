@@ -141,7 +141,7 @@ ES, GRADIENT = "es_slopes es_gradient es_gradient_plain", "es_gradient es_gradie
 PARAMS, X, Y = example(n=7)
 NARROW, NONE = [(W, b[1:]) for W, b in PARAMS], [(W[:, :0], b[:0]) for W, b in PARAMS]
 NOT_32, NO_FLAG = [1.0, 1, None, [1.0], np.float64(1), np.ones(5), np.ones(5, "e")], ["off", 2, 1, 0.0, None]
-NO_COUNT = [0, 1.5, "8"]
+NO_COUNT, SIGNS = [0, 1.5, "8"], [*map(np.full, [(5, 24), (8, 24), (7, 24), (7, 24)], [1, 1, 0, 2])]
 NO_WEIGHTS = [np.float32([1] * 6 + [w]) for w in (-1e-9, np.inf, np.nan)] + [np.ones(5, "f")]
 BAD = [  # functions, arguments, values that are refused, how (N: the argument's name)
     (ALL_OPS, "a b", NOT_32, TypeError, "operand: expected float32 .*, found"),
@@ -170,7 +170,7 @@ BAD = [  # functions, arguments, values that are refused, how (N: the argument's
     (ES, "control_variate", NO_FLAG, ValueError, r"N: expected one of \(True, False\), found"),
     (ES, "losses", [lambda o, y: o.sum(-1, float)], TypeError, "result of N: expected float32"),
     (ES, "losses", [lambda o, y: o], ValueError, "N: expected .* for logits"),
-    ("es_slopes", "signs", [*map(np.full, [(5, 24), (8, 24), (7, 24), (7, 24)], [1, 1, 0, 2])], ValueError, "N: "),
+    ("es_slopes", "signs", SIGNS, ValueError, r"N: expected shape \(7, 24\) of -1 and"),
     (GRADIENT, "weights", NO_WEIGHTS, ValueError, "N: expected 7 finite numbers >= 0, found"),
     ("es_gradient", "task workers", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
     ("adamw", "step", NO_COUNT, ValueError, "N: expected an integer >= 1, found"),
