@@ -612,8 +612,7 @@ def test_work_is_cut_into_equal_tasks_and_a_list_for_each_worker(n, task, worker
         found[:] = lists
         return map(function, lists)
 
-    how = {"task": task} if task else {}  # else 32
-    fpnl.es_gradient(params, x, labels, RNG(0), workers=workers, map_tasks=its_map, **how)
+    fpnl.es_gradient(params, x, labels, RNG(0), workers=workers, map_tasks=its_map, **({"task": task} if task else {}))
     parts, weights = [task["x"] for each in found for task in each], sum(a.nbytes for a in fpnl.leaves(params))
     assert ([*map(len, parts)], [*map(len, found)]) == (sizes, lengths)
     np.testing.assert_array_equal(np.concatenate(parts), x)
@@ -768,6 +767,7 @@ before = np.random.get_state()[1].copy()
 params, x = fpnl.init(np.random.default_rng(0)), np.ones((2, 784), "f")
 fpnl.es_gradient(params, x, [0, 1], np.random.default_rng(0))
 print(fpnl.__file__, fpnl.forward(params, x).shape, (before == np.random.get_state()[1]).all())
+print([n for n, v in vars(fpnl).items() if n[0] != "_" and (n in dir(__builtins__) or not v.__doc__)])
 print({"train", "data", "scipy", "pytest"} & {m.partition(".")[0] for m in sys.modules})
 """
 
@@ -776,7 +776,7 @@ def test_fpnl_alone_in_a_folder(tmp_path):
     """It imports nothing else, needs NumPy 2, says so, and leaves the global generator alone."""
     shutil.copy(ROOT / "fpnl.py", tmp_path)
     done = run("-c", ALONE, program=PYTHON, cwd=tmp_path)
-    assert done.stdout == f"{tmp_path / 'fpnl.py'} (2, 10) True\nset()\n"
+    assert done.stdout == f"{tmp_path / 'fpnl.py'} (2, 10) True\n[]\nset()\n"
     older = "import numpy; numpy.__version__ = '1.26.4'; import fpnl"
     done = run("-c", older, program=PYTHON, cwd=tmp_path, check=False)
     assert done.stderr.splitlines()[-1] == "ImportError: fpnl: expected NumPy 2 or later, found 1.26.4"
