@@ -5,6 +5,7 @@ project, by evosax and by evotorch.
     pip install -e '.[peers]'
     python docs/peers.py docs/runs                      # the main job and all peers, 300 seconds each
     python docs/peers.py docs/runs --peers signs-hour --seconds 3600
+    python docs/peers.py docs/runs/hour --peers main open-es-hour --seconds 3600
     python docs/peers.py docs/runs/race --peers main deadzone deadzone-long deadzone-some --seeds 0 1 2
     python docs/peers.py runs --validation 5000 --seconds 60 --peers signs --members 16 64 256 --sigma 0.01 0.02
 
@@ -92,7 +93,7 @@ def gaussians(rng, n):
     return rng.standard_normal(n, np.float32)
 
 
-def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
+def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, steps=math.inf, **_):
     import jax
     import jax.numpy as jnp
     import optax
@@ -101,7 +102,8 @@ def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, **_):
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(lr, weight_decay=weight_decay), **schedule)
+    rate = optax.cosine_decay_schedule(lr, steps) if steps < math.inf else lr
+    es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(rate, weight_decay=weight_decay), **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
     @jax.jit
@@ -187,7 +189,8 @@ def flush_of(name, scaled, array, compiled=lambda function: function):
 
 
 POPULATION = {"members": 64, "sigma": 0.02, "lr": 3e-3, "weight_decay": 0, "batch": 256}
-SIGNS_HOUR = POPULATION | {"members": 256, "steps": 4600}  # of an hour, in which the rate falls as half a cosine
+# Of an hour, in which the rate falls as half a cosine.
+SIGNS_HOUR, OPEN_ES_HOUR = POPULATION | {"members": 256, "steps": 4600}, POPULATION | {"steps": 4500}
 EVOTORCH = {"members": 64, "sigma": 0.02, "lr": 1e-2, "batch": 256}
 BACKPROP = {"batch": 512, "lr": 2e-3, "weight_decay": 1, "beta2": 0.999, "epochs": 6}
 LONGER = BACKPROP | {"lr": 3e-3, "epochs": 14}
@@ -203,6 +206,7 @@ PEERS = {  # name of the log: row of the table, trainer, its settings; of the ma
     "pgpe": ("evosax PGPE", functools.partial(evosax, "PGPE"), POPULATION | {"members": 128, "lr": 1e-2}),
     "torch-pgpe": ("evotorch PGPE", functools.partial(evotorch, "PGPE"), EVOTORCH),
     "torch-snes": ("evotorch SNES", functools.partial(evotorch, "SNES"), EVOTORCH | {"lr": 3}),
+    "open-es-hour": ("evosax Open_ES", functools.partial(evosax, "Open_ES"), OPEN_ES_HOUR),
     "signs-hour": ("population ES, signs", functools.partial(population, random_signs), SIGNS_HOUR),
 }
 
