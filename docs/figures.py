@@ -39,9 +39,10 @@ PEERS = {  # as in docs/peers.py
     "main": ("the main job", BLUE, "-"),
     "signs": ("population ES, signs", ORANGE, "-"),
     "signs-256": ("the same, 256 members", ORANGE, ":"),
-    "signs-hour": ("the same, a rate that falls", "#CC79A7", "-"),
+    "signs-hour": ("the same, falling rate", "#CC79A7", "-"),
     "gaussians": ("population ES, Gaussians", ORANGE, "--"),
     "open-es": ("evosax Open_ES", GREEN, "-"),
+    "open-es-hour": ("the same, falling rate, machine A", GREEN, ":"),
     "pgpe": ("evosax PGPE", GREEN, "--"),
     "torch-pgpe": ("evotorch PGPE", RED, "--"),
     "torch-snes": ("evotorch SNES", RED, ":"),
@@ -84,7 +85,7 @@ def learning(axes):
 def peers(axes):
     """docs/peers.py: test accuracy against seconds, of population ES and of the main job."""
     for name, (label, colour, style) in PEERS.items():
-        log = read(DOCS / "runs" / f"peers-{name}-0.csv")
+        log = read(DOCS / "runs" / ("hour" if name == "open-es-hour" else "") / f"peers-{name}-0.csv")
         axes.plot(log["seconds"], 100 * log["test"], linestyle=style, color=colour, label=label)
     axes.set(xlabel="seconds, 2 cores", ylabel="test accuracy, percent", xscale="log", xlim=(0.2, 3600), ylim=(0, 100))
     axes.set_xticks([1, 10, 60, 300, 3600], ["1", "10", "60", "300", "3600"])

@@ -31,13 +31,15 @@ ES += " mapped _work _of_layers _in_order"
 STEP = "zeros fresh steps losses_of es thinned thinned_gradient score look"
 OF_ES = "members or slopes or losses or layer or variate or signs or maps or cut or input_of_zero or dead_zone"
 OF_ES += " or of_its_thread or fast_path or memory_stays or passes or refused or bad_argument or unknown_platform"
+OF_STEP = "dropout_is or measured_with or adamw or loss_of_the or reports or option_reaches or untrained"
+OF_STEP += " or same_seed or falls_apart"
 FPNL = "test_fpnl.py tests/test_arguments.py -k"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
     ("fpnl.py", ARITHMETIC, f"{FPNL} 'golden or flush or bits or gpu'"),
     ("fpnl.py", NETWORK, f"{FPNL} 'forward or entropy or logits or transfer or init or analytic'"),
     ("fpnl.py", ES, f"{FPNL} '{OF_ES}'"),
     ("fpnl.py", "adamw leaves", f"{FPNL} 'adamw'"),
-    ("train.py", STEP, "tests/test_train.py -k 'not bad_input and not mpi'"),
+    ("train.py", STEP, f"examples/test_controls.py tests/test_train.py -k '{OF_STEP}'"),
 ]
 CONFIG = """
 [cosmic-ray]

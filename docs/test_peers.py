@@ -77,12 +77,11 @@ def test_the_clock_counts_steps_alone(monkeypatch):
 
 
 BACKPROP = "deadzone", "deadzone-long", "deadzone-some"
+IN_RUNS = [name for name in peers.PEERS if name not in (*BACKPROP, "open-es-hour")]
+RACES = {"runs": IN_RUNS, "runs/hour": ["main", "open-es-hour"], "runs/race": ["main", *BACKPROP]}
 
 
-@pytest.mark.parametrize(
-    ("folder", "raced"),
-    [("runs", [name for name in peers.PEERS if name not in BACKPROP]), ("runs/race", ["main", *BACKPROP])],
-)
+@pytest.mark.parametrize(("folder", "raced"), RACES.items())
 def test_the_published_race_is_that_of_the_published_logs(folder, raced):
     """Mean seconds to each accuracy, their ratio to those of the main job, and the mean of the last accuracies."""
     text, base = (ROOT / "docs/RESULTS.md").read_text("utf-8"), None
@@ -93,7 +92,7 @@ def test_the_published_race_is_that_of_the_published_logs(folder, raced):
         at = np.mean(reached, axis=0).tolist()
         base, end = base or at, np.mean([log["seconds"][-1] for log in logs])
         least = [("" if t < np.inf else "> ", min(t, end)) for t in at]
-        cells = [f"{more}{round(t, 1)} ({more}{t / b:.3g}x)" for (more, t), b in zip(least, base)]
+        cells = [f"{more}{t:.1f} ({more}{t / b:.3g}x)" for (more, t), b in zip(least, base)]
         row = " | ".join([*cells, f"{100 * np.mean([log['test'][-1] for log in logs]):.2f}"]).replace(" (1x)", "")
         assert re.search(rf"\| {peers.PEERS[name][0]}[^|]* \| {re.escape(row)} \|\n", text), (name, row)
 
