@@ -87,7 +87,7 @@ def main():
                 killed[function] += outcome == "KILLED"
                 if outcome != "KILLED":
                     living[function] += re.findall(r"^[+-](?![+-]).*", change, re.MULTILINE)
-            for function in count:
+            for function in [name for name in group[1].split() if name in (args.functions or group[1].split())]:
                 print(f"{group[0]} {function}: {count[function]} mutants, {killed[function]} killed", flush=True)
                 print(*living[function], sep="\n", end="\n" * bool(living[function]))
 

@@ -52,7 +52,7 @@ def test_the_command_learns_what_no_linear_model_does(slice_of_mnist, tmp_path):
 @pytest.fixture
 def tiny_run(digits):
     """A run that has not begun, of a network whose probabilities are large and small."""
-    options = "--hidden 24 16 --batch 200 --importance 0.3 --epochs 15 --lr 3e-3 --weight-decay 0.5 --beta2 0.75"
+    options = "--hidden 24 16 --batch 100 --importance 0.3 --epochs 15.05 --lr 3e-3 --weight-decay 0.5 --beta2 0.75"
     run = train.begin(train.parse_args(["--data", str(digits), *options.split()]))
     for W, _ in run.params:
         W *= np.float32(2)
@@ -73,17 +73,17 @@ def test_an_image_is_measured_with_a_probability_and_counts_the_more(tiny_run, i
     def gradient(params, x, y, rng, weights, return_losses):
         given.append(drawn := [numbers[row.tobytes()] for row in x])
         np.testing.assert_array_equal(y, labels[drawn])
-        np.testing.assert_allclose(weights, np.float32(1 / (200 * q[drawn])), rtol=1e-4, strict=True)
+        np.testing.assert_allclose(weights, np.float32(1 / (100 * q[drawn])), rtol=1e-4, strict=True)
         return train.zeros(params), losses[drawn]
 
     tiny_run.gradient, tiny_run.update = gradient, lambda *_, **__: None  # the weights stay as they are
     tiny_run.outputs = tiny_run.outputs if importance else None
     for step, loss in enumerate(train.steps(tiny_run)):
-        batch = RNG((0, train.ORDER, step // 10)).permutation(len(p))[200 * (step % 10) :][:200]
+        batch = RNG((0, train.ORDER, step // 20)).permutation(len(p))[100 * (step % 20) :][:100]
         assert loss == pytest.approx(losses[batch].mean(), rel=1e-4)
         assert len({*given[step]}) == len(given[step]) and {*given[step]} <= {*batch}
-    assert (step, tiny_run.step) == (150, 150)
-    counts = np.bincount(np.concatenate(given[:150]), minlength=len(p))
+    assert (step, tiny_run.step) == (301, 301)
+    counts = np.bincount(np.concatenate(given[:300]), minlength=len(p))
     for some in (p < np.median(p), p >= np.median(p)):
         assert abs(counts[some].sum() - 15 * q[some].sum()) <= 3.5 * np.sqrt(15 * np.sum(q[some] * (1 - q[some])))
 
@@ -92,20 +92,20 @@ def test_a_step_in_which_nothing_is_drawn_is_a_step_of_adamw(tiny_run):
     """With a gradient of zeros, as to skip it would be a bias; at a rate that falls to zero as a cosine."""
     tiny_run.settings.importance, tiny_run.settings.least, tiny_run.gradient, updates = 1e-9, 0.0, None, []
     tiny_run.update = lambda *step, **_: updates.append(step)
-    assert all(loss > 0 for loss in train.steps(tiny_run)) and len(updates) == 150
+    assert all(loss > 0 for loss in train.steps(tiny_run)) and len(updates) == 301
     for i, (params, grads, m, v, step, lr, decay) in enumerate(updates):
         assert (params, m, v, step, decay) == (tiny_run.params, tiny_run.m, tiny_run.v, i + 1, 0.5)
-        assert lr == pytest.approx(3e-3 * np.cos(np.pi * i / 300) ** 2)
+        assert lr == pytest.approx(3e-3 * np.cos(np.pi * i / 602) ** 2)
         assert_same_bits(grads, train.zeros(params))
 
 
 def test_the_loss_of_the_weights_is_told_before_a_step_of_adamw_changes_them(tiny_run):
     """Who stops there can go on as if there had been no stop. After the step, m is a tenth of the gradient."""
-    before = [a.copy() for a in fpnl.leaves(tiny_run.params)]
+    tiny_run.step, before = 257, [a.copy() for a in fpnl.leaves(tiny_run.params)]
     loss, steps = next(train.steps(tiny_run)), train.steps(tiny_run)
-    assert next(steps) == loss and tiny_run.step == 0
+    assert next(steps) == loss and tiny_run.step == 257
     assert_same_bits(tiny_run.params, before)
-    assert next(steps) != loss and tiny_run.step == 1
+    assert next(steps) != loss and tiny_run.step == 258
     assert not np.array_equal(before[0], tiny_run.params[0][0]) and tiny_run.m[1][0].any()
     np.testing.assert_allclose(tiny_run.v[1][0], 0.25 * (10 * tiny_run.m[1][0]) ** 2, rtol=1e-5)
 
