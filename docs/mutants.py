@@ -36,7 +36,7 @@ OF_STEP += " or same_seed or falls_apart"
 FPNL = "test_fpnl.py tests/test_arguments.py -k"
 GROUPS = [  # module, functions, and the tests that concern them, the quickest first
     ("fpnl.py", ARITHMETIC, f"{FPNL} 'golden or flush or bits or gpu'"),
-    ("fpnl.py", NETWORK, f"{FPNL} 'forward or entropy or logits or transfer or init or analytic'"),
+    ("fpnl.py", NETWORK, f"{FPNL} 'forward or entropy or logits or transfer or init or analytic or bad_argument'"),
     ("fpnl.py", ES, f"{FPNL} '{OF_ES}'"),
     ("fpnl.py", "adamw leaves", f"{FPNL} 'adamw'"),
     ("train.py", STEP, f"examples/test_controls.py tests/test_train.py -k '{OF_STEP}'"),
