@@ -35,17 +35,17 @@ RUNS = {  # in the order of their final errors
     "es": ("ES, flush to zero", BLUE, "-"),
     "relu": ("backprop, ReLU", GREEN, ":"),
 }
-PEERS = {  # as in docs/peers.py
-    "main": ("the main job", BLUE, "-"),
-    "signs": ("population ES, signs", ORANGE, "-"),
-    "signs-256": ("the same, 256 members", ORANGE, ":"),
-    "signs-hour": ("the same, falling rate", "#CC79A7", "-"),
-    "gaussians": ("population ES, Gaussians", ORANGE, "--"),
-    "open-es": ("evosax Open_ES", GREEN, "-"),
-    "open-es-hour": ("the same, falling rate, machine A", GREEN, ":"),
-    "pgpe": ("evosax PGPE", GREEN, "--"),
-    "torch-pgpe": ("evotorch PGPE", RED, "--"),
-    "torch-snes": ("evotorch SNES", RED, ":"),
+PEERS = {  # logs of docs/peers.py
+    "peers-main": ("the main job", BLUE, "-"),
+    "peers-signs": ("population ES, signs", ORANGE, "-"),
+    "peers-signs-256": ("the same, 256 members", ORANGE, ":"),
+    "peers-signs-hour": ("the same, falling rate", "#CC79A7", "-"),
+    "peers-gaussians": ("population ES, Gaussians", ORANGE, "--"),
+    "peers-open-es": ("evosax Open_ES", GREEN, "-"),
+    "hour/peers-open-es-hour": ("the same, falling rate, machine A", GREEN, ":"),
+    "peers-pgpe": ("evosax PGPE", GREEN, "--"),
+    "peers-torch-pgpe": ("evotorch PGPE", RED, "--"),
+    "peers-torch-snes": ("evotorch SNES", RED, ":"),
 }
 UNITS = {
     "identity": (BLACK, "-"),
@@ -85,7 +85,7 @@ def learning(axes):
 def peers(axes):
     """docs/peers.py: test accuracy against seconds, of population ES and of the main job."""
     for name, (label, colour, style) in PEERS.items():
-        log = read(DOCS / "runs" / ("hour" if name == "open-es-hour" else "") / f"peers-{name}-0.csv")
+        log = read(DOCS / "runs" / f"{name}-0.csv")
         axes.plot(log["seconds"], 100 * log["test"], linestyle=style, color=colour, label=label)
     axes.set(xlabel="seconds, 2 cores", ylabel="test accuracy, percent", xscale="log", xlim=(0.2, 3600), ylim=(0, 100))
     axes.set_xticks([1, 10, 60, 300, 3600], ["1", "10", "60", "300", "3600"])

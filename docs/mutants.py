@@ -52,9 +52,8 @@ name = "local"
 """
 
 
-def outcomes(group, wanted, share, shares):
-    """Of every so-manieth mutant of a group: (function, outcome, change)."""
-    module, functions, tests = group
+def outcomes(module, functions, tests, share, shares):
+    """Of every so-manieth mutant of the functions: (function, outcome, change)."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(ROOT, pathlib.Path(folder) / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
         config, session = pathlib.Path(folder) / "config.toml", pathlib.Path(folder) / "session.sqlite"
@@ -63,7 +62,7 @@ def outcomes(group, wanted, share, shares):
         cosmic_ray(["cosmic-ray", "init", config, session])
         with sqlite3.connect(session) as database:
             specs = database.execute("SELECT job_id, definition_name FROM mutation_specs ORDER BY rowid").fetchall()
-            mine = [job for job, name in specs if name in {*functions.split()} & {*(wanted or functions.split())}]
+            mine = [job for job, name in specs if name in functions]
             others = {job for job, _ in specs} - {*mine[share::shares]}
             for table in ("mutation_specs", "work_items"):
                 database.executemany(f"DELETE FROM {table} WHERE job_id = ?", [(job,) for job in others])
@@ -77,18 +76,20 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("functions", nargs="*", help="of these alone")
     args, shares = parser.parse_args(), data.cores()
-    groups = [group for group in GROUPS if not args.functions or {*args.functions} & {*group[1].split()}]
     with concurrent.futures.ThreadPoolExecutor(shares) as pool:
-        for group in groups:
+        for module, listed, tests in GROUPS:
+            functions = [name for name in listed.split() if name in (args.functions or listed.split())]
+            if not functions:
+                continue
             count, killed, living = collections.Counter(), collections.Counter(), collections.defaultdict(list)
-            tasks = [pool.submit(outcomes, group, args.functions, share, shares) for share in range(shares)]
+            tasks = [pool.submit(outcomes, module, functions, tests, share, shares) for share in range(shares)]
             for function, outcome, change in (row for task in tasks for row in task.result()):
                 count[function] += 1
                 killed[function] += outcome == "KILLED"
                 if outcome != "KILLED":
                     living[function] += re.findall(r"^[+-](?![+-]).*", change, re.MULTILINE)
-            for function in [name for name in group[1].split() if name in (args.functions or group[1].split())]:
-                print(f"{group[0]} {function}: {count[function]} mutants, {killed[function]} killed", flush=True)
+            for function in functions:
+                print(f"{module} {function}: {count[function]} mutants, {killed[function]} killed", flush=True)
                 print(*living[function], sep="\n", end="\n" * bool(living[function]))
 
 

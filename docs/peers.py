@@ -102,7 +102,7 @@ def evosax(name, sets, seed, members, sigma, lr, weight_decay, batch, steps=math
     t = flush_of("evosax", lambda z: z / fpnl.SCALE * fpnl.SCALE, jnp.asarray, jax.jit)
     start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in fpnl.init(np.random.default_rng(seed))]
     schedule = {"std_schedule": optax.constant_schedule(sigma)} if name == "Open_ES" else {}
-    rate = optax.cosine_decay_schedule(lr, steps) if steps < math.inf else lr
+    rate = optax.cosine_decay_schedule(lr, steps)
     es = getattr(algorithms, name)(members, start, optimizer=optax.adamw(rate, weight_decay=weight_decay), **schedule)
     how = es.default_params.replace(std_init=sigma) if name != "Open_ES" else es.default_params
 
