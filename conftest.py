@@ -40,8 +40,8 @@ def call(monkeypatch, capsys):
     return called
 
 
-# A run of 600 quick steps.
-SMALL = "--hidden 24 24 --batch 10 --epochs 20 --reports 60 --seed 2".split()
+# A run of 300 quick steps.
+SMALL = "--hidden 24 24 --batch 10 --epochs 10 --reports 30 --seed 2".split()
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ def test_runs(slice_of_mnist, tmp_path, monkeypatch, capsys):
     assert signal["sigmoid"] < 1e-6 < signal["ESP"] < signal["ReLU"] < signal["tanh"] < signal["identity"]
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line(tmp_path):
     for options, says in (
         (["--seeds", "0"], "expected --seeds"),

@@ -78,7 +78,7 @@ def test_descent_in_function_space_is_descent_of_the_weights():
     assert np.abs(real[-1] - real[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("loss", ["squared", "cross-entropy"])
+@pytest.mark.parametrize("loss", L.LOSSES)
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_losses_are_the_derivatives(loss, outputs):
     rng = RNG(13)
@@ -124,6 +124,7 @@ def test_infinite_kernels_are_the_arc_cosine_kernels_for_relu(monkeypatch):
     np.testing.assert_allclose(theta, exact_theta, rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes, digits", [(2, [3, 8]), (10, range(10))])
 def test_problem_has_the_digits_it_says(classes, digits):
     x, y, K, _, eta = L.problem(classes, "tanh", 1)

@@ -166,6 +166,7 @@ def test_the_command_prints_a_table_and_workers_do_not_matter(tmp_path):
         assert_same_bits(*(recurrent.load_weights(tmp_path / name / f"{row}-0.npz") for name in ("threads", "mpi")))
 
 
+@pytest.mark.slow
 def test_bad_options_are_one_line(tmp_path):
     for options, says in (
         ("--batch 70000", "--batch: expected at most the 60000 training images, found 70000"),
@@ -174,5 +175,4 @@ def test_bad_options_are_one_line(tmp_path):
         ("--data nowhere", "nowhere: expected a folder with the four files"),
     ):
         done = run("examples/recurrent.py", tmp_path / "runs", *options.split(), program=PYTHON, check=False)
-        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
-        assert not (tmp_path / "runs").exists()
+        assert says in done.stderr and (done.returncode, done.stderr.count("\n"), [*tmp_path.iterdir()]) == (2, 1, [])

@@ -175,7 +175,7 @@ def test_a_run_does_not_go_on_in_the_log_of_another_or_in_its_own_weights(small,
         log.write_text(text)
         assert call(*resume, log) == (2, "", f"train.py: error: {says}\n") and log.read_text("utf-8") == text
     says = f"expected another file to --log than to --save and --resume, found {whole}"
-    assert call(*resume, whole) == (2, "", f"train.py: error: {says}\n") and saved(whole)["step"] == 600
+    assert call(*resume, whole) == (2, "", f"train.py: error: {says}\n") and saved(whole)["step"] == 300
 
 
 CORES = [
@@ -236,7 +236,7 @@ DAMAGED = [
     ({"W1": np.array([{}], object)}, WHOLE + "Object arrays cannot be loaded"),
     ({"W3": np.zeros((24, 0), "f"), "b3": np.zeros(0, "f"), "settings": None}, WHOLE + "W3 float32 (24, 0), not"),
     ({"mb3": np.zeros(3, "f")}, WHOLE + "mb3 float32 (3,), not finite float32 (10,)"),
-    *((change, NO_RUN) for change in ({"seconds": np.nan}, {"step": -1}, {"step": 601}, {"step": np.inf})),
+    *((change, NO_RUN) for change in ({"seconds": np.nan}, {"step": -1}, {"step": 301}, {"step": np.inf})),
 ]
 
 
@@ -267,7 +267,7 @@ def test_settings_that_this_version_does_not_write_end_in_one_line(small, tmp_pa
     path, good = tmp_path / "w.npz", saved(whole)
     assert call("--data", small[1], "--resume", whole)[0] == 0
     settings = json.loads(str(good["settings"]))
-    changes = [{"jitter": 0}, {"epochs": math.nan}, {"batch": 7.5}, {"steps": 601}, {"flush": "maybe"}, {"hidden": 24}]
+    changes = [{"jitter": 0}, {"epochs": math.nan}, {"batch": 7.5}, {"steps": 301}, {"flush": "maybe"}, {"hidden": 24}]
     changes += [{"sizes": 4}, {"control_variate": "off"}, *({name: [value]} for name, value in settings.items())]
     texts = ["[]", "3", "[[1, 2]]", "{", "[" * 10**5, *(json.dumps(settings | change) for change in changes)]
     texts += [json.dumps({name: value for name, value in settings.items() if name != left}) for left in settings]
